@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test-environment lint test clean
+
+# Settings of this machine that should outlast one command, as `export NAME := value`; not under version control.
+-include local.mk
+
+# The PyTorch that `make test` installs; `make demo` needs none. One exact release, so that tests mean the same everywhere.
+# On x86-64 PyPI's build of it brings CUDA with it, several GB. Where PyTorch's CPU build is at hand, pip takes that instead:
+# PIP_FIND_LINKS for a folder that holds it, PIP_EXTRA_INDEX_URL for the CPU index that PyTorch's install page names.
+TORCH ?= torch==2.13.0
+export TORCH
+
+# llama.cpp would otherwise start a debugger for a backtrace when an assertion of its fails.
+export GGML_NO_BACKTRACE := 1
+
+help:
+	@echo "make demo    set up what is missing, then run the demo (options: ARGS=...)"
+	@echo "make test    set up what is missing, then ruff, mypy and pytest (options: PYTEST_ARGS=...)"
+	@echo "make setup   only the set-up of make demo: system packages, .venv, llama.cpp, keepsight[tiny]"
+	@echo "make lint    only ruff and mypy"
+	@echo "make clean   remove .venv and everything built (not the cache of llama.cpp wheels)"
+	@echo
+	@echo "Settings, here or in local.mk: PYTHON, CMAKE_ARGS, TORCH, SKIP_APT=1, KEEPSIGHT_CACHE (now $${KEEPSIGHT_CACHE:-$${XDG_CACHE_HOME:-~/.cache}/keepsight})"
+
+setup:
+	@scripts/setup demo
+
+demo: setup
+	@.venv/bin/keepsight demo $(ARGS)
+
+test-environment:
+	@scripts/setup test
+
+lint: test-environment
+	@scripts/lint
+
+test: lint
+	@.venv/bin/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,89 @@
+"""Write a torch module as an ONNX file: fixed opset, named inputs and outputs, optionally weights stored in half precision."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+# TensorRT 10.3 (JetPack 6) takes 17: LayerNormalization is native there, Gelu is still spelled with Erf.
+OPSET = 17
+HALF_MIN_ELEMENTS = 1024
+
+
+def export_onnx(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    path: Path,
+    *,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    half_storage: bool = False,
+) -> None:
+    """Trace `module(*inputs.values())` and write it to `path`.
+
+    Args:
+        inputs: example tensors by graph input name, in call order.
+        outputs: graph output names, in return order.
+        dynamic_axes: axis -> name of a dynamic size, per input or output.
+        half_storage: keep weights of 1,024 elements or more as float16 on disk, cast to float32 as the graph loads.
+            The module's own weights must have been rounded first (`round_to_half`), else the file differs from it.
+    """
+    module = module.eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        # The tracing exporter is the one that still writes opset 17; it warns that it is deprecated, and on shape reads.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            str(path),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_axes={name: dict(axes) for name, axes in (dynamic_axes or {}).items()},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    model = onnx.load(str(path))
+    if half_storage:
+        store_half(model)
+    model.producer_version = ""  # the same weights give the same bytes whatever torch wrote them
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(path))
+
+
+def round_to_half(module: nn.Module) -> None:
+    """Round every weight that `half_storage` would keep as float16 to a value that float16 holds exactly."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.numel() >= HALF_MIN_ELEMENTS:
+                parameter.copy_(parameter.half().float())
+
+
+def store_half(model: onnx.ModelProto) -> None:
+    """Keep large float32 initializers as float16 and cast them back at the head of the graph (folded when it is loaded).
+
+    Raises:
+        ValueError: a weight does not survive the trip, so the stored graph would differ from its source.
+    """
+    graph = model.graph
+    casts = []
+    for index, tensor in enumerate(graph.initializer):
+        if tensor.data_type != TensorProto.FLOAT:
+            continue
+        values = numpy_helper.to_array(tensor)
+        if values.size < HALF_MIN_ELEMENTS:
+            continue
+        half = values.astype("float16")
+        if not (half.astype("float32") == values).all():
+            raise ValueError(f"weight {tensor.name} is not representable in float16; call round_to_half first")
+        stored = f"{tensor.name}.half"
+        casts.append(helper.make_node("Cast", [stored], [tensor.name], name=f"{tensor.name}.cast", to=TensorProto.FLOAT))
+        graph.initializer[index].CopyFrom(numpy_helper.from_array(half, stored))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)

@@ -1,0 +1,83 @@
+"""Questions for training: the data set's own about pictures, and generated ones about the past of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from keepsight.runtime import easyvqa
+from keepsight.runtime.scenes import ANSWERS, PAST_KINDS, Label, past_question
+
+ANSWER_IDS = {answer: index for index, answer in enumerate(ANSWERS)}
+_SAMPLES = 4000  # generated questions that show the vocabulary every word of their templates
+
+
+class QuestionSet:
+    """The training split's questions by picture."""
+
+    def __init__(self) -> None:
+        self.by_picture: dict[Path, list[tuple[str, str]]] = {}
+        for row in easyvqa.load("train"):
+            self.by_picture.setdefault(row.picture.path, []).append((row.question, row.answer))
+        self.stills = sorted(self.by_picture, key=lambda path: int(path.stem))
+
+    def texts(self) -> Iterator[str]:
+        """Every question that training can ask, at least once each by wording."""
+        yield from (question for rows in self.by_picture.values() for question, _ in rows)
+        rng = np.random.default_rng(0)
+        labels = [(picture.shape, picture.color) for picture in easyvqa.pictures("train")]
+        for _ in range(_SAMPLES):
+            chosen = [labels[index] for index in rng.integers(len(labels), size=8)]
+            for kind in PAST_KINDS:
+                made = past_question(kind, chosen, rng)
+                if made is not None:
+                    yield made.question
+
+    def present(self, path: Path, rng: np.random.Generator) -> tuple[str, str]:
+        rows = self.by_picture[path]
+        return rows[rng.integers(len(rows))]
+
+    def about_stream(
+        self, path: Path, labels: Sequence[Label], count: int, rng: np.random.Generator, present_share: float = 0.2
+    ) -> list[tuple[str, str]]:
+        """`count` questions about a stream whose scenes showed `labels` and that shows picture `path` now."""
+        made: list[tuple[str, str]] = []
+        while len(made) < count:
+            if rng.random() < present_share:
+                made.append(self.present(path, rng))
+                continue
+            question = past_question(PAST_KINDS[rng.integers(len(PAST_KINDS))], labels, rng)
+            if question is not None:
+                made.append((question.question, question.answer))
+        return made
+
+
+class TextBatch:
+    """Tokenises questions into padded tensors, remembering what it has seen."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._seen: dict[str, list[int]] = {}
+
+    def __call__(self, rows: Sequence[Sequence[tuple[str, str]]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Questions `[B][n]` to ids int64 `[B, n, L]`, mask `[B, n, L]` and answer ids `[B, n]`."""
+        ids = [[self._encode(question) for question, _ in row] for row in rows]
+        length = max(len(one) for row in ids for one in row)
+        text = torch.zeros(len(rows), len(rows[0]), length, dtype=torch.int64)
+        mask = torch.zeros(len(rows), len(rows[0]), length)
+        for i, row in enumerate(ids):
+            for j, one in enumerate(row):
+                text[i, j, : len(one)] = torch.tensor(one)
+                mask[i, j, : len(one)] = 1
+        answers = torch.tensor([[ANSWER_IDS[answer] for _, answer in row] for row in rows])
+        return text, mask, answers
+
+    def _encode(self, question: str) -> list[int]:
+        if question not in self._seen:
+            self._seen[question] = self.tokenizer.encode(question).ids
+        return self._seen[question]

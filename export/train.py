@@ -1,0 +1,200 @@
+"""Train keepsight-tiny's Q-Former in stages, as BLIP-2 does: answers first, then the LLM's own words, then through the LLM.
+
+Stages (`STAGES`): `pictures` (one frame, an answer head), `reading` (one reading of a compressed bank, streams lengthened step
+by step), `replay` (block-causal, gradients through every step), `standing` (the query bank carried along, gradients at
+moments of the stream), and `language` (through the frozen LLM). Every stage keeps asking what the stages before it taught.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from keepsight.export.batches import Batch
+from keepsight.export.dense import replay
+from keepsight.export.qformer import QFormer
+from keepsight.runtime.scenes import ANSWERS
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: how many steps, the peak learning rate, and how a batch is drawn at a share (0..1) of the stage."""
+
+    name: str
+    steps: int
+    rate: float
+    draw: Callable[[float, np.random.Generator], Batch]
+
+
+class AnswerHead(nn.Module):
+    """Classifies an answer from the query outputs: `[..., Q, H]` to `[..., answers]`. Thrown away after training."""
+
+    def __init__(self, queries: int, hidden: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(queries * hidden, len(ANSWERS))
+
+    def forward(self, query_output: Tensor) -> Tensor:
+        logits: Tensor = self.linear(query_output.flatten(-2))
+        return logits
+
+
+@dataclass
+class Curve:
+    """Loss and accuracy by step, written as JSON lines so that an interrupted run keeps them."""
+
+    path: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, **row: Any) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class Trainer:
+    """Runs stages over a Q-Former with an answer head; its checkpoint holds everything that the next step depends on."""
+
+    def __init__(self, qformer: QFormer, folder: Path, seed: int, word_rows: Tensor) -> None:
+        self.qformer, self.folder, self.seed = qformer, folder, seed
+        self.head = AnswerHead(qformer.config.queries, qformer.config.hidden)
+        self.word_rows = word_rows
+        self.curve = Curve(folder / "curve.jsonl")
+        self.parameters = [*qformer.parameters(), *self.head.parameters()]
+
+    def run(self, stage: Stage, *, word_weight: float = 0.0, log_every: int = 50) -> None:
+        """Train one stage from its last checkpoint, or skip it when it is done."""
+        state = _State(self.folder / f"{stage.name}.pt")
+        if state.done(stage.steps):
+            state.load(self.qformer, self.head, None)
+            return
+        optimizer = torch.optim.AdamW(self.parameters, lr=stage.rate, weight_decay=0.02, betas=(0.9, 0.98))
+        first = state.load(self.qformer, self.head, optimizer)
+        meter = _Meter()
+        self.qformer.train()
+        for step in _progress(stage.name, first, stage.steps, meter):
+            rng = np.random.default_rng([self.seed, len(stage.name), step])
+            for group in optimizer.param_groups:
+                group["lr"] = stage.rate * _schedule(step, stage.steps)
+            batch = stage.draw(step / stage.steps, rng)
+            loss, right = self.loss(batch, word_weight)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            optimizer.step()
+            meter.add(float(loss.detach()), right)
+            if (step + 1) % log_every == 0:
+                self.curve.add(stage=stage.name, step=step + 1, loss=meter.loss, accuracy=meter.accuracy)
+            if (step + 1) % 400 == 0 or step + 1 == stage.steps:
+                state.save(step + 1, self.qformer, self.head, optimizer)
+
+    def loss(self, batch: Batch, word_weight: float) -> tuple[Tensor, float]:
+        """Cross-entropy of the answer head, plus the distance of the soft prompt from the answer's own word embeddings."""
+        output = replay(self.qformer, batch.text_ids, batch.text_mask, batch.banks)
+        logits = self.head(output)
+        loss = F.cross_entropy(logits.flatten(0, -2), batch.answers.flatten())
+        if word_weight:
+            wanted = self.word_rows[batch.answers]
+            scale = self.word_rows.pow(2).mean()
+            loss = loss + word_weight * (self.qformer.soft_prompt(output) - wanted).pow(2).mean() / scale
+        right = float((logits.argmax(-1) == batch.answers).float().mean())
+        return loss, right
+
+    @torch.no_grad()
+    def accuracy(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """Share of right answers by the first word(s) of the question, of the head alone."""
+        self.qformer.eval()
+        hits: dict[str, list[bool]] = {}
+        for batch in batches:
+            guess = self.head(replay(self.qformer, batch.text_ids, batch.text_mask, batch.banks)).argmax(-1)
+            for row, right in zip(batch.rows, (guess == batch.answers).tolist(), strict=True):
+                for (question, _), hit in zip(row, right, strict=True):
+                    hits.setdefault(kind_of(question), []).append(hit)
+        self.qformer.train()
+        return {kind: float(np.mean(values)) for kind, values in sorted(hits.items())}
+
+
+def kind_of(question: str) -> str:
+    """The kind of a generated question, read off its wording; "present" for the data set's own."""
+    marks = {
+        "first": " first", "previous": ("last but one", "before this"), "before": "before the", "after": "after the",
+        "ever": ("ever", "has there"), "count": "how many",
+    }  # fmt: skip
+    for kind, words in marks.items():
+        if any(word in question for word in ((words,) if isinstance(words, str) else words)):
+            return kind
+    return "present"
+
+
+class _Meter:
+    """Running means for the progress bar."""
+
+    def __init__(self) -> None:
+        self.loss, self.accuracy, self.seen = 0.0, 0.0, 0
+
+    def add(self, loss: float, accuracy: float) -> None:
+        self.seen += 1
+        keep = 0.98 if self.seen > 50 else 1 - 1 / self.seen
+        self.loss = keep * self.loss + (1 - keep) * loss
+        self.accuracy = keep * self.accuracy + (1 - keep) * accuracy
+
+
+@dataclass(frozen=True)
+class _State:
+    """One stage's checkpoint."""
+
+    path: Path
+
+    def done(self, steps: int) -> bool:
+        return self.path.exists() and int(torch.load(self.path, weights_only=True)["step"]) >= steps
+
+    def load(self, qformer: QFormer, head: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
+        if not self.path.exists():
+            return 0
+        saved = torch.load(self.path, weights_only=True)
+        qformer.load_state_dict(saved["qformer"])
+        head.load_state_dict(saved["head"])
+        if optimizer is not None:
+            optimizer.load_state_dict(saved["optimizer"])
+        return int(saved["step"])
+
+    def save(self, step: int, qformer: QFormer, head: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        partial = self.path.with_suffix(".partial")
+        torch.save(
+            {
+                "step": step, "qformer": qformer.state_dict(), "head": head.state_dict(),
+                "optimizer": optimizer.state_dict(), "config": asdict(qformer.config),
+            },
+            partial,
+        )  # fmt: skip
+        partial.rename(self.path)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Linear warm-up over 3 % of the steps, then a cosine down to a twentieth."""
+    warm = max(1, int(0.03 * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _progress(name: str, first: int, steps: int, meter: _Meter) -> Iterator[int]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    started = time.monotonic()
+    with Progress(*columns) as bar:
+        task = bar.add_task(name, total=steps, completed=first)
+        for step in range(first, steps):
+            yield step
+            bar.update(task, advance=1, description=f"{name} loss {meter.loss:.3f} right {meter.accuracy:.3f}")
+    rate = (steps - first) / max(time.monotonic() - started, 1e-9)
+    print(f"{name}: {steps - first} steps, {rate:.2f} a second, loss {meter.loss:.3f}, right {meter.accuracy:.3f}", flush=True)

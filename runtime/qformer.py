@@ -1,0 +1,211 @@
+"""The exported Q-Former over the memory: one visual bank for the stream, one query bank for each standing question.
+
+The order of things is MA-LMM's (`blip2_vicuna_instruct.py : generate`): a frame enters the visual bank before the Q-Former
+reads it; each layer's input rows enter the query bank after the layer has attended; each bank makes room before its next
+reading, so that a question between two frames sees what the reference would see there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.engine import Engine, OnnxRuntimeEngine
+from keepsight.runtime.memory import MemoryBank, Policy, Rider
+from keepsight.runtime.positions import position_policy, ranks, step_mask
+from keepsight.streams.errors import BundleError, UsageError
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class SoftPrompt:
+    """What the Q-Former says about the memory.
+
+    Attributes:
+        query_output: float32 `[Q, H]`, the last layer's query rows.
+        rows: float32 `[Q, n_embd]`, for the language model.
+    """
+
+    query_output: Float32
+    rows: Float32
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A question as the Q-Former reads it, constant over the stream: layer 0's rows `[R, H]` and the text mask `[L]`."""
+
+    text: str
+    state: Float32
+    text_mask: Float32
+
+    @property
+    def row_mask(self) -> Float32:
+        """`[R]`: query rows are always seen, text rows where they are no padding."""
+        queries = np.ones(len(self.state) - len(self.text_mask), np.float32)
+        return np.concatenate([queries, self.text_mask])
+
+
+class QFormer:
+    """The graphs of a bundle and the visual bank that they read.
+
+    Args:
+        bundle: an opened bundle.
+        memory: how both banks make room; `mbc` is MA-LMM's and what the weights were trained with.
+        threads: CPU threads of each graph.
+
+    Raises:
+        EngineError: a graph can't be loaded, or not on the provider asked for.
+    """
+
+    def __init__(self, bundle: Bundle, *, memory: Policy = "mbc", threads: int = 1) -> None:
+        self.bundle, self.policy = bundle, memory
+        dims = bundle.manifest.dims
+        self.dims = dims
+        self._engines: dict[str, Engine] = {
+            name: OnnxRuntimeEngine(bundle.graph_path(name), threads=threads) for name in bundle.manifest.graphs
+        }
+        crosses = len(dims.cross_layers)
+        self.bank = MemoryBank(
+            length=dims.memory_length,
+            tokens=dims.tokens,
+            channels=dims.channels,
+            riders={name: Rider(crosses, dims.hidden) for name in ("cross_k", "cross_v")},
+            policy=memory,
+        )
+        self._positions = position_policy(bundle.manifest)
+
+    def encode(self, images: NDArray[np.uint8]) -> Float32:
+        """Features float32 `[B, N, C]` of frames uint8 `[B, H, W, 3]`, after ln_vision."""
+        return self._engines["vision"].run({"frames": images})["features"]
+
+    def remember(self, features: Float32, time_s: float) -> None:
+        """Put one frame's features `[N, C]` into the visual bank."""
+        riders = self._engines["visual_kv"].run({"features": features})
+        self.bank.append(features, time_s=time_s, riders=riders)
+
+    def prompt(self, text: str) -> Prompt:
+        """Prepare a question (already in the Q-Former's template).
+
+        Raises:
+            UsageError: it is longer than the largest text bucket.
+        """
+        tokenizer = self.bundle.tokenizer
+        if tokenizer is None:
+            ids, mask = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        else:
+            ids, mask = tokenizer.encode(text, self.dims.text_buckets)
+        state = self._engines["prompt"].run({"text_ids": ids, "text_mask": mask})["prompt_state"]
+        return Prompt(text, state, mask)
+
+    def stand(self, prompt: Prompt) -> StandingQuestion:
+        """A question that is carried along from the next frame on."""
+        return StandingQuestion(self, prompt)
+
+    def replay(self, prompt: Prompt) -> SoftPrompt:
+        """Ask now: the Q-Former over the bank's slots as if they were the frames, oldest first, in one pass.
+
+        Raises:
+            UsageError: nothing has been seen yet.
+        """
+        self._check_not_empty()
+        rank = ranks(self.bank)
+        outputs = self._engines["replay"].run(
+            {
+                "prompt_state": prompt.state, "cross_k": self.bank.riders["cross_k"],
+                "cross_v": self.bank.riders["cross_v"], "rank": rank, "bucket": self._positions.replay(self.bank),
+                "step_mask": step_mask(rank), "text_mask": prompt.text_mask,
+            }
+        )  # fmt: skip
+        return SoftPrompt(outputs["query_output"], outputs["soft_prompt"])
+
+    def visual_inputs(self) -> dict[str, NDArray[np.generic]]:
+        """What `step` reads of the visual bank, the newest frame included; arrays of the bank itself, not copies."""
+        self._check_not_empty()
+        return {
+            "cross_k": self.bank.riders["cross_k"], "cross_v": self.bank.riders["cross_v"],
+            "visual_mask": self.bank.visible[0].astype(np.float32), "bucket": self._positions.step(self.bank),
+        }  # fmt: skip
+
+    def run(self, graph: str, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, Float32]:
+        """Run one graph of the bundle."""
+        if graph not in self._engines:
+            raise BundleError(f"{self.bundle.path} has no graph {graph!r}; it has {', '.join(self._engines)}.")
+        return self._engines[graph].run(feeds)
+
+    def close(self) -> None:
+        """Give the engines back."""
+        for engine in self._engines.values():
+            engine.close()
+
+    def _check_not_empty(self) -> None:
+        if not self.bank.used:
+            raise UsageError("Nothing has been seen yet.", fix="Ask after the first frame.")
+
+
+class StandingQuestion:
+    """A question carried along frame by frame: at any moment exactly MA-LMM's online loop up to there.
+
+    Made by `QFormer.stand`; call `step` after every `QFormer.remember`.
+    """
+
+    def __init__(self, qformer: QFormer, prompt: Prompt) -> None:
+        self._qformer, self.prompt = qformer, prompt
+        dims = qformer.dims
+        rows = dims.queries + len(prompt.text_mask)
+        self.bank = MemoryBank(
+            length=dims.memory_length,
+            tokens=rows,
+            channels=dims.hidden,
+            groups=dims.banked_layers,
+            riders={name: Rider(dims.banked_layers, dims.hidden) for name in ("self_k", "self_v")},
+            policy=qformer.policy,
+            current_outside=True,
+        )
+        self._newest: dict[str, Float32] | None = None
+        self._visual: dict[str, NDArray[np.generic]] = {}
+
+    def step(self, time_s: float) -> None:
+        """Read the frame that was just remembered, then bank the rows that read it."""
+        self.bank.settle()
+        self._visual = self._qformer.visual_inputs()
+        outputs = self._qformer.run(
+            "step",
+            {
+                "prompt_state": self.prompt.state, **self._visual, "self_k": self.bank.riders["self_k"],
+                "self_v": self.bank.riders["self_v"], "self_mask": self.bank.visible * self.prompt.row_mask,
+                "text_mask": self.prompt.text_mask,
+            },
+        )  # fmt: skip
+        self._newest = outputs
+        self.bank.append(
+            outputs["rows"], time_s=time_s, riders={"self_k": outputs["row_k"], "self_v": outputs["row_v"]}
+        )
+
+    def answer(self) -> SoftPrompt:
+        """The last layer for the newest frame.
+
+        Raises:
+            UsageError: no frame has been read yet.
+        """
+        if self._newest is None:
+            raise UsageError("Nothing has been seen since the question was put.", fix="Ask after the next frame.")
+        newest, last = self._newest, -1
+        past = self.bank.past[last] * self.prompt.row_mask
+        feeds: dict[str, NDArray[np.generic]] = {
+            "rows_last": newest["rows"][last], "k_last": newest["row_k"][last], "v_last": newest["row_v"][last],
+            "bank_k": self.bank.riders["self_k"][last], "bank_v": self.bank.riders["self_v"][last],
+            "bank_mask": past, "text_mask": self.prompt.text_mask,
+        }  # fmt: skip
+        dims = self._qformer.dims
+        if dims.layers - 1 in dims.cross_layers:
+            feeds |= {
+                "cross_k": self._visual["cross_k"][last], "cross_v": self._visual["cross_v"][last],
+                "visual_mask": self._visual["visual_mask"], "bucket": self._visual["bucket"],
+            }  # fmt: skip
+        outputs = self._qformer.run("answer", feeds)
+        return SoftPrompt(outputs["query_output"], outputs["soft_prompt"])

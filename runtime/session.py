@@ -1,0 +1,351 @@
+"""A session: frames in, questions at any moment, answers out. Capture and language run on threads of their own."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from time import perf_counter
+from types import TracebackType
+
+
+from keepsight.runtime.answer import Answer, AnswerStream, LatencyTrace, Mode
+from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.llm import LLM, Segment, render, verbatim
+from keepsight.runtime.llm import Answer as Written
+from keepsight.runtime.memory import Policy
+from keepsight.runtime.qformer import QFormer, SoftPrompt, StandingQuestion
+from keepsight.streams import Frame, Source
+from keepsight.streams.errors import BundleError, EngineError, NoFrameError, UsageError
+
+
+@dataclass(frozen=True)
+class FrameCost:
+    """Milliseconds that the newest frame took, by stage."""
+
+    vision_ms: float
+    memory_ms: float
+    step_ms: float
+
+
+class Standing:
+    """A question that a session carries along; ask it with `Session.ask`."""
+
+    def __init__(self, question: str, carried: StandingQuestion, prompt: str | None) -> None:
+        self.question, self.carried, self.prompt = question, carried, prompt
+
+
+class Session:
+    """One stream, its memory, and the language model that talks about it.
+
+    >>> with Session(Bundle.open("tiny")) as session:                                    # doctest: +SKIP
+    ...     for frame in session.source("clip.mp4"):
+    ...         session.see(frame)
+    ...     print(session.ask("what shape was first?").result.text)
+
+    Args:
+        bundle: an opened bundle.
+        memory: how the banks make room (`mbc`, or `fifo`, `average`, `last` to compare with).
+        threads: CPU threads of each stage; by default one for the graphs and all cores for the LLM.
+        llm: a language model that is already loaded, to share one between sessions; by default the bundle's is loaded.
+
+    Raises:
+        EngineError, LLMError, MissingModelError: a part of the bundle can't be loaded.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, memory: Policy = "mbc", threads: int | None = None, llm: LLM | None = None
+    ) -> None:
+        self.bundle = bundle
+        self._close = ExitStack()
+        self._qformer = QFormer(bundle, memory=memory, threads=threads or 1)
+        self._close.callback(self._qformer.close)
+        self._llm = llm
+        if llm is None and bundle.has_llm:
+            self._llm = self._close.enter_context(load_llm(bundle, threads))
+        if self._llm is not None and self._llm.n_embd != bundle.manifest.dims.n_embd:
+            raise BundleError(
+                f"the soft prompt is {bundle.manifest.dims.n_embd} wide, the language model {self._llm.n_embd}.",
+                fix="Use the language model that the manifest names.",
+            )
+        self._memory_lock = threading.Lock()
+        self._standing: list[Standing] = []
+        self._newest: Frame | None = None
+        self._cost = FrameCost(0.0, 0.0, 0.0)
+        self._watcher: Watcher | None = None
+
+    def source(self, uri: str, *, realtime: bool = False, fps: float | None = None) -> Source:
+        """Open a source scaled and sampled as the bundle's manifest says; a file can play in real time as a camera."""
+        preprocessing = self.bundle.manifest.preprocessing
+        return Source(
+            uri,
+            size=(preprocessing.width, preprocessing.height),
+            aspect=preprocessing.aspect,
+            fps=fps or self.bundle.manifest.sample_fps,
+            pace="realtime" if realtime else "auto",
+        )
+
+    # -- frames ----------------------------------------------------------------------------------------------------
+
+    def see(self, frame: Frame) -> FrameCost:
+        """Encode one frame, put it into the memory, and let every standing question read it.
+
+        Raises:
+            EngineError: the frame does not fit the vision graph, or a graph gave something that is not finite.
+        """
+        size = self.bundle.manifest.dims.image_size
+        if frame.image.shape != (size, size, 3):
+            raise EngineError(
+                f"frame {frame.index} is {list(frame.image.shape)}, the vision graph takes [{size}, {size}, 3].",
+                fix="Open it with Session.source, which scales.",
+            )
+        start = perf_counter()
+        features = self._qformer.encode(frame.image[None])[0]
+        seen = perf_counter()
+        with self._memory_lock:
+            locked = perf_counter()
+            self._qformer.remember(features, frame.time_s)
+            remembered = perf_counter()
+            for standing in self._standing:
+                standing.carried.step(frame.time_s)
+            stepped = perf_counter()
+            self._newest = frame
+            self._cost = FrameCost(*(1000 * t for t in (seen - start, remembered - locked, stepped - remembered)))
+            return self._cost
+
+    @property
+    def frames_seen(self) -> int:
+        return self._qformer.bank.frames_seen
+
+    # -- questions -------------------------------------------------------------------------------------------------
+
+    def stand(self, question: str, *, prompt: str | None = None) -> Standing:
+        """Carry a question along from the next frame on: exactly MA-LMM's online loop.
+
+        `prompt` replaces both templates: the text goes verbatim to both tokenizers, the video's rows first.
+
+        Raises:
+            UsageError: the question is empty, or longer than the largest text bucket.
+        """
+        with self._memory_lock:
+            carried = self._qformer.stand(self._qformer.prompt(self._qformer_text(question, prompt)))
+            standing = Standing(question, carried, prompt)
+            self._standing.append(standing)
+        return standing
+
+    def drop(self, standing: Standing) -> None:
+        """Stop carrying a question along."""
+        with self._memory_lock:
+            self._standing.remove(standing)
+
+    def forget(self) -> None:
+        """Start over with an empty memory and no standing questions; graphs and language model stay loaded."""
+        with self._memory_lock:
+            self._qformer.bank.reset()
+            self._standing.clear()
+            self._newest = None
+
+    def ask(self, question: str | Standing, *, prompt: str | None = None) -> AnswerStream:
+        """Answer now: a text by replay over the memory, a `Standing` from what it has carried along.
+
+        Returns at once with a stream of text; the perception has been done, the LLM writes as the stream is read.
+
+        Raises:
+            UsageError: nothing has been seen yet; the question is empty or too long.
+            BundleError: the bundle has no language model.
+        """
+        asked = perf_counter()
+        llm = self.llm
+        with self._memory_lock:
+            began = perf_counter()
+            soft, text, mode, prompt = self._perceive(question, prompt)
+            perceived = perf_counter()
+            frame, cost, frames_seen = self._newest, self._cost, self.frames_seen
+        assert frame is not None
+        age_ms = 1000 * (time.monotonic() - (perf_counter() - asked) - frame.captured_at)
+        decoding = self.bundle.manifest.decoding
+        generation = llm.generate(
+            self._segments(text, prompt, soft),
+            max_tokens=decoding.max_tokens,
+            stop=decoding.stop,
+            beams=decoding.beams,
+            repetition_penalty=decoding.repetition_penalty,
+        )
+        before_llm_ms = 1000 * (perf_counter() - asked)
+
+        def finish(written: Written) -> Answer:
+            trace = LatencyTrace(
+                capture_age_ms=age_ms,
+                vision_ms=cost.vision_ms,
+                memory_ms=cost.memory_ms,
+                qformer_ms=1000 * (perceived - began),
+                step_ms=cost.step_ms if mode == "standing" else 0.0,
+                prefill_ms=1000 * written.prefill_s,
+                first_token_ms=before_llm_ms + 1000 * written.first_token_s,
+                total_ms=1000 * (perf_counter() - asked),
+                tokens=written.tokens,
+                tokens_per_s=written.tokens_per_s,
+            )
+            return Answer(written.text.strip(), text, mode, frame.time_s, frames_seen, written.finish, trace)
+
+        return AnswerStream(generation, finish)
+
+    def perceive(self, question: str | Standing, *, prompt: str | None = None) -> SoftPrompt:
+        """The Q-Former's part of an answer alone, without the language model."""
+        with self._memory_lock:
+            return self._perceive(question, prompt)[0]
+
+    @property
+    def llm(self) -> LLM:
+        """The language model.
+
+        Raises:
+            BundleError: the bundle has none.
+        """
+        if self._llm is None:
+            raise BundleError(
+                f"{self.bundle.path} has no language model.", fix="Export it with one: keepsight export --llm FILE."
+            )
+        return self._llm
+
+    @property
+    def qformer(self) -> QFormer:
+        """The graphs and the visual bank, for tracing and for tests."""
+        return self._qformer
+
+    def _perceive(self, question: str | Standing, prompt: str | None) -> tuple[SoftPrompt, str, Mode, str | None]:
+        if isinstance(question, Standing):
+            return question.carried.answer(), question.question, "standing", question.prompt
+        soft = self._qformer.replay(self._qformer.prompt(self._qformer_text(question, prompt)))
+        return soft, question, "replay", prompt
+
+    def _qformer_text(self, question: str, prompt: str | None) -> str:
+        if not (question if prompt is None else prompt).strip():
+            raise UsageError("The question is empty.", fix="Ask something.")
+        return self.bundle.manifest.templates.qformer_text(question) if prompt is None else prompt
+
+    def _segments(self, question: str, prompt: str | None, soft: SoftPrompt) -> Sequence[Segment]:
+        if prompt is not None:
+            return verbatim(prompt, video=soft.rows)
+        return render(self.bundle.manifest.templates.llm, video=soft.rows, question=question)
+
+    # -- live ------------------------------------------------------------------------------------------------------
+
+    def watch(self, source: Source, *, on_frame: Callable[[Frame], None] | None = None) -> Watcher:
+        """Watch a source on a thread of its own until it ends or the session closes; ask meanwhile."""
+        if self._watcher is not None and self._watcher.running:
+            raise UsageError("This session is already watching a source.", fix="Open a second session.")
+        self._watcher = self._close.enter_context(Watcher(self, source, on_frame))
+        return self._watcher
+
+    def close(self) -> None:
+        """Stop watching and give everything back."""
+        self._close.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Watcher:
+    """The capture thread: reads a source into a session. An error in it is raised where somebody waits for frames."""
+
+    def __init__(self, session: Session, source: Source, on_frame: Callable[[Frame], None] | None) -> None:
+        self.source = source
+        self._session, self._on_frame = session, on_frame
+        self._changed = threading.Condition()
+        self._error: Exception | None = None
+        self._closing = self._ended = False
+        self._thread = threading.Thread(target=self._run, name="keepsight-capture", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait(self, frames: int = 1, timeout_s: float = 10.0) -> None:
+        """Wait until the session has seen so many frames.
+
+        Raises:
+            NoFrameError: not in time, or the source ended before.
+            KeepsightError: what stopped the capture.
+        """
+        with self._changed:
+            done = self._changed.wait_for(lambda: self._session.frames_seen >= frames or not self._alive(), timeout_s)
+        self.check()
+        if not done or self._session.frames_seen < frames:
+            raise NoFrameError(
+                f"{self.source!r}: {self._session.frames_seen} of {frames} frames after {timeout_s:g} s.",
+                fix="Look at the source with: gst-play-1.0 URI",
+            )
+
+    def check(self) -> None:
+        """Raise what stopped the capture, if an error did."""
+        if self._error is not None:
+            raise self._error
+
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait for the end of the source, then `check`."""
+        self._thread.join(timeout_s)
+        self.check()
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing = True
+        self.source.close()
+        self._thread.join(10.0)
+
+    def _alive(self) -> bool:
+        return not self._ended
+
+    def _run(self) -> None:
+        try:
+            with self.source:
+                for frame in self.source:
+                    self._session.see(frame)
+                    if self._on_frame is not None:
+                        self._on_frame(frame)
+                    with self._changed:
+                        self._changed.notify_all()
+        except Exception as error:
+            if not self._closing:
+                self._error = error
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+
+def load_llm(bundle: Bundle, threads: int | None = None) -> LLM:
+    """The bundle's language model, requantised once into the cache if the manifest asks for it.
+
+    Raises:
+        BundleError: the bundle has none.
+        MissingModelError, LLMError: its file is not there, or llama.cpp refuses it.
+    """
+    from keepsight.runtime.gguf_cache import requantised
+
+    info = bundle.manifest.llm
+    if info is None:
+        raise BundleError(f"{bundle.path} has no language model.")
+    path = bundle.llm_path()
+    if info.quantise is not None:
+        path = requantised(path, kind=info.quantise)
+    return LLM(path, n_threads=threads or usable_cores())
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+__all__ = ["Answer", "FrameCost", "Session", "Standing", "Watcher", "load_llm", "usable_cores"]

@@ -1,0 +1,51 @@
+"""Cameras, video files, pictures and test patterns in; frames with their times out.
+
+>>> from keepsight.streams import Source
+>>> with Source("test://smpte?frames=2", size=(224, 224), pace="offline") as source:
+...     [frame.image.shape for frame in source]
+[(224, 224, 3), (224, 224, 3)]
+
+GStreamer does the work and is imported when the first source opens, not with this package.
+"""
+
+from __future__ import annotations
+
+from keepsight.streams.encode import write_video
+from keepsight.streams.errors import (
+    BundleError,
+    DatasetError,
+    EngineError,
+    KeepsightError,
+    LLMError,
+    MissingComponentError,
+    MissingModelError,
+    NoFrameError,
+    SourceLostError,
+    SourceNotFoundError,
+    SourceUnreadableError,
+    UsageError,
+)
+from keepsight.streams.frame import Frame
+from keepsight.streams.sampling import Sampler
+from keepsight.streams.source import Source
+from keepsight.streams.uri import SourceURI
+
+__all__ = [
+    "BundleError",
+    "DatasetError",
+    "EngineError",
+    "Frame",
+    "KeepsightError",
+    "LLMError",
+    "MissingComponentError",
+    "MissingModelError",
+    "NoFrameError",
+    "Sampler",
+    "Source",
+    "SourceLostError",
+    "SourceNotFoundError",
+    "SourceURI",
+    "SourceUnreadableError",
+    "UsageError",
+    "write_video",
+]

@@ -1,0 +1,260 @@
+"""A running pipeline: its pictures with their times, its errors, its watchdog."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from keepsight.streams.errors import KeepsightError, NoFrameError, SourceUnreadableError
+from keepsight.streams.faults import fault_of, lost, truncation_of
+from keepsight.streams.gst import first_error, load_gst, sample_to_array
+from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Delivery, View, build, recipe_for
+from keepsight.streams.sampling import Sampler
+from keepsight.streams.uri import SourceURI
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["Capture", "Picture", "Timeouts"]
+
+# On an error the sink gets no end of stream and a pull would last its whole time: pulls are short, and the bus is
+# looked at between them.
+_PULL_S = 0.05
+
+# Containers round their duration, and a last frame's own length may be unknown.
+_DURATION_SLACK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds to wait for the first frame, and for each frame after it."""
+
+    first_frame_s: float = 10.0
+    stall_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """A decoded picture and its times, both in seconds: `time_s` of the stream, `captured_at` of time.monotonic()."""
+
+    image: NDArray[np.uint8]
+    time_s: float
+    captured_at: float
+
+
+class Capture:
+    """Reads one source, once.
+
+    One thread calls `next`; any thread may call `close`.
+
+    Args:
+        uri: what to read: a file (not a directory), a camera, a test pattern.
+        view: size and shape of the pictures.
+        delivery: every frame, or the newest (see `pipelines.recipe_for`).
+        timeouts: when to give up.
+        sampler: which frames to keep; asked before a frame is scaled, so that the others cost only their decoding.
+            Not for a newest-wins delivery, where the reader decides.
+
+    Raises:
+        KeepsightError: the source can't be opened; which one, see `faults`.
+    """
+
+    def __init__(
+        self, uri: SourceURI, view: View, delivery: Delivery, timeouts: Timeouts, sampler: Sampler | None = None
+    ) -> None:
+        self._gst = load_gst()
+        self._uri, self._delivery, self._timeouts = uri, delivery, timeouts
+        self._live = delivery == "newest"
+        self._closed = threading.Event()
+        self._fault: KeepsightError | None = None
+        self._duration_s: float | None = None
+        self._pulled = 0
+        self.dropped = 0
+        self._pipeline = build(recipe_for(uri, view, delivery))
+        self._sink = self._pipeline.get_by_name(FRAMES)
+        self._bus = self._pipeline.get_bus()
+        self._tap = _Tap(self._gst, self._pipeline.get_by_name(TAP).get_static_pad("sink"), sampler)
+        self._started = time.monotonic()
+        if self._pipeline.set_state(self._gst.State.PLAYING) == self._gst.StateChangeReturn.FAILURE:
+            self._listen()
+            self.close()
+            raise self._fault or SourceUnreadableError(f"{uri} can't be started.", fix="See GST_DEBUG=2 for why.")
+
+    def next(self) -> Picture | None:
+        """The next picture; None when the source has ended or was closed.
+
+        Raises:
+            KeepsightError: see `faults`. Frames that came before an error are given out first.
+        """
+        asked = time.monotonic()
+        while not self._closed.is_set():
+            sample = self._sink.try_pull_sample(int(_PULL_S * self._gst.SECOND))
+            ended = sample is None and self._sink.get_property("eos")  # before listening: its cause comes first
+            self._listen()
+            if sample is not None:
+                return self._picture(sample)
+            if self._closed.is_set():
+                break
+            if self._fault is not None:
+                raise self._fault
+            if ended:
+                self._judge_end()
+                return None
+            self._watch(asked)
+        return None
+
+    def duration_s(self) -> float | None:
+        """The length in seconds that the container states, or None. Known once a picture has come."""
+        if self._duration_s is None and not self._closed.is_set():
+            known, duration = self._pipeline.query_duration(self._gst.Format.TIME)
+            self._duration_s = duration / self._gst.SECOND if known and duration > 0 else None
+        return self._duration_s
+
+    def close(self) -> None:
+        """Stop; a `next` that waits in another thread returns None. Closing twice does nothing."""
+        self._closed.set()
+        self._tap.remove()
+        self._pipeline.set_state(self._gst.State.NULL)
+
+    def _listen(self) -> None:
+        """Empty the bus, which would otherwise grow for as long as a stream plays, and keep its first error."""
+        message = first_error(self._bus)
+        if message is not None and self._fault is None:
+            self._fault = fault_of(self._uri, message, delivered=self._tap.arrived > 0, has_video=self._decodes_video())
+
+    def _picture(self, sample: Any) -> Picture:
+        buffer = sample.get_buffer()
+        if self._pulled == 0:
+            self.duration_s()  # asked while it can be: a closed pipeline has forgotten it
+        self._pulled += 1
+        self.dropped = max(self.dropped, self._tap.serial_of(buffer.pts) - self._pulled)
+        time_s = _running_time_s(self._gst, sample.get_segment(), buffer.pts)
+        captured_at = time.monotonic()
+        if self._delivery != "every" and time_s is not None:
+            captured_at -= max(0.0, self._elapsed_s() - time_s)
+        if time_s is None:  # a picture file, or a raw stream without times
+            time_s = captured_at - self._started if self._live else 0.0
+        return Picture(sample_to_array(sample), time_s, captured_at)
+
+    def _elapsed_s(self) -> float:
+        """The pipeline's running time now."""
+        clock = self._pipeline.get_clock()
+        if clock is None:
+            return 0.0
+        elapsed: float = (clock.get_time() - self._pipeline.get_base_time()) / self._gst.SECOND
+        return elapsed
+
+    def _watch(self, asked: float) -> None:
+        now = time.monotonic()
+        if self._tap.last_arrival is None:
+            if now - self._started > self._timeouts.first_frame_s:
+                camera = "Check that it is playing, or wait longer for it."
+                raise NoFrameError(
+                    f"{self._uri} gave no frame within {self._timeouts.first_frame_s:g} s.",
+                    fix=camera if self._uri.is_camera else "It may be damaged: try to play it elsewhere.",
+                )
+            return
+        # A file waits for its reader, so only the time spent asking counts; a camera goes on by itself.
+        since = self._tap.last_arrival if self._live else max(asked, self._tap.last_arrival)
+        if now - since <= self._timeouts.stall_s:
+            return
+        if self._uri.is_camera:
+            raise lost(self._uri, f"no frame for {now - since:.1f} s")
+        raise SourceUnreadableError(
+            f"{self._uri} gave no frame for {now - since:.1f} s.", fix="Check the disk or the network it is on."
+        )
+
+    def _judge_end(self) -> None:
+        """Tell a source that is over from one that broke off: GStreamer reports both as the end."""
+        if self._live:
+            raise lost(self._uri, "the stream ended")
+        if self._uri.kind != "file":
+            return
+        missing = self._shortfall()
+        if missing is not None:
+            raise SourceUnreadableError(
+                f"{self._uri} is truncated: {missing} are there.", fix="Copy or download it again."
+            )
+        if self._tap.arrived == 0:
+            raise SourceUnreadableError(
+                f"{self._uri} has no picture in it that can be decoded.",
+                fix="It may be damaged: try to play it elsewhere.",
+            )
+
+    def _shortfall(self) -> str | None:
+        duration, end = self.duration_s(), self._tap.end_s
+        played = f"{end:.1f} of {duration:.1f} s" if duration is not None else None
+        missing_bytes = truncation_of(self._uri)
+        if missing_bytes is not None:
+            shorter = duration is not None and end < duration - 0.05
+            return f"{played} ({missing_bytes})" if shorter else missing_bytes
+        # Sound may honestly outlast the pictures, so a short video says something only when it is alone.
+        if duration is None or self._stream_count() != 1 or duration - end <= _DURATION_SLACK_S:
+            return None
+        return played
+
+    def _stream_count(self) -> int:
+        decoder = self._pipeline.get_by_name(DECODER)
+        return 0 if decoder is None else decoder.numsrcpads
+
+    def _decodes_video(self) -> bool | None:
+        decoder = self._pipeline.get_by_name(DECODER)
+        if decoder is None or decoder.numsrcpads == 0:
+            return None
+        names = [caps.to_string() for pad in decoder.srcpads if (caps := pad.get_current_caps()) is not None]
+        return any(name.startswith("video/") for name in names)
+
+
+class _Tap:
+    """Sees each decoded frame before it is scaled: counts it, times it, and lets a sampler refuse it.
+
+    appsink does not say how many frames it replaced, and gaps between times don't either, since a camera's rate
+    varies. Frames counted here and those read out, matched by their time, do: what lies between them was dropped.
+    """
+
+    def __init__(self, gst: Any, pad: Any, sampler: Sampler | None) -> None:
+        self._gst, self._pad, self._sampler = gst, pad, sampler
+        self.arrived = 0
+        self.last_arrival: float | None = None
+        self.end_s = 0.0
+        # A frame read out is one of the last few: one in the queue, one being scaled, one in the sink.
+        self._recent: deque[tuple[int, int]] = deque(maxlen=16)
+        self._probe = pad.add_probe(gst.PadProbeType.BUFFER, self._on_buffer)
+
+    def serial_of(self, pts: int) -> int:
+        """Which frame, counted from 1, had this time; 0 if it was too long ago to know."""
+        return next((serial for serial, seen in reversed(self._recent.copy()) if seen == pts), 0)
+
+    def remove(self) -> None:
+        if self._probe:
+            self._pad.remove_probe(self._probe)
+            self._probe = 0
+
+    def _on_buffer(self, pad: Any, info: Any) -> Any:
+        buffer = info.get_buffer()
+        self.arrived += 1
+        self.last_arrival = time.monotonic()
+        self._recent.append((self.arrived, buffer.pts))
+        time_s = self._time_s(pad, buffer.pts)
+        if time_s is None:
+            return self._gst.PadProbeReturn.OK
+        length = buffer.duration
+        self.end_s = max(self.end_s, time_s + (0 if length == self._gst.CLOCK_TIME_NONE else length / self._gst.SECOND))
+        if self._sampler is not None and not self._sampler.take(time_s):
+            return self._gst.PadProbeReturn.DROP
+        return self._gst.PadProbeReturn.OK
+
+    def _time_s(self, pad: Any, pts: int) -> float | None:
+        event = pad.get_sticky_event(self._gst.EventType.SEGMENT, 0)
+        return None if event is None else _running_time_s(self._gst, event.parse_segment(), pts)
+
+
+def _running_time_s(gst: Any, segment: Any, pts: int) -> float | None:
+    if pts == gst.CLOCK_TIME_NONE:
+        return None
+    running = segment.to_running_time(gst.Format.TIME, pts)
+    return None if running == gst.CLOCK_TIME_NONE else running / gst.SECOND

@@ -1,0 +1,198 @@
+"""From a source's address to the GStreamer pipeline that reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+from keepsight.streams.errors import UsageError
+from keepsight.streams.gst import has_element, launch, load_gst, require_elements
+from keepsight.streams.uri import Option, SourceURI
+
+__all__ = ["Delivery", "Recipe", "View", "build", "recipe_for"]
+
+Aspect = Literal["stretch", "letterbox"]
+Delivery = Literal["every", "newest", "newest-in-time"]
+
+# Names of the elements that the capture looks up.
+FRAMES, TAP, ORIGIN, DECODER = "frames", "tap", "origin", "decoder"
+
+_CSI_DEFAULTS: Mapping[str, Option] = {"width": 1280, "height": 720, "fps": Fraction(30)}
+_RTSP_LATENCY_MS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How pictures are wanted.
+
+    Attributes:
+        size: (width, height) in pixels, or None for the size and the pixels as they are stored.
+        aspect: `stretch` fills the size; `letterbox` keeps the shape that a viewer sees (pixels need not be square)
+            and adds black borders.
+    """
+
+    size: tuple[int, int] | None = None
+    aspect: Aspect = "stretch"
+
+    def __post_init__(self) -> None:
+        if self.aspect not in ("stretch", "letterbox"):
+            raise UsageError(f"aspect={self.aspect!r} is not known.", fix="Use 'stretch' or 'letterbox'.")
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise UsageError(f"size={self.size!r} is not a size.", fix="Give (width, height), each 1 or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A pipeline, not built yet.
+
+    Attributes:
+        launch: gst-launch's language. No text of the user's is in it: that would need quoting.
+        elements: what must be installed.
+        origin: properties to set on the source element.
+    """
+
+    launch: str
+    elements: tuple[str, ...]
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+def recipe_for(uri: SourceURI, view: View, delivery: Delivery) -> Recipe:
+    """Say how to read a source.
+
+    Args:
+        uri: the source. Its file or device need not exist.
+        view: size and shape of the pictures.
+        delivery: `every` frame as fast as it is read, waiting for the reader; the `newest` as soon as it is there;
+            or the `newest-in-time`, each when its time has come.
+    """
+    head = _HEADS[uri.kind](uri, delivery)
+    tail, tail_elements = _tail(view, delivery, live=delivery == "newest")
+    return Recipe(f"{head.launch} ! {tail}", head.elements + tail_elements, head.origin)
+
+
+def build(recipe: Recipe) -> Any:
+    """Build a recipe's pipeline; it is not started.
+
+    Raises:
+        MissingComponentError: GStreamer or an element is not installed.
+    """
+    require_elements(recipe.elements)
+    pipeline = launch(recipe.launch)
+    origin = pipeline.get_by_name(ORIGIN)
+    for name, value in recipe.origin.items():
+        origin.set_property(name, value)
+    return pipeline
+
+
+def test_patterns() -> list[str]:
+    """The names that `test://` takes, as this machine's videotestsrc has them."""
+    gst = load_gst()
+    pattern = gst.ElementFactory.make("videotestsrc").find_property("pattern")
+    return [value.value_nick for value in pattern.enum_class.__enum_values__.values()]
+
+
+def _file(uri: SourceURI, delivery: Delivery) -> Recipe:
+    decoding, elements = _decoding()
+    return Recipe(f"filesrc name={ORIGIN} ! {decoding}", ("filesrc", *elements), {"location": uri.location})
+
+
+def _test(uri: SourceURI, delivery: Delivery) -> Recipe:
+    known = test_patterns()
+    if uri.location not in known:
+        raise UsageError(f"test://{uri.location} is not a test pattern.", fix=f"Use one of: {', '.join(known)}.")
+    live = "false" if delivery == "every" else "true"
+    options: dict[str, Option] = {"width": 640, "height": 480, "fps": Fraction(30), **uri.options}
+    frames = options.get("frames", -1)
+    launch = (
+        f"videotestsrc name={ORIGIN} is-live={live} pattern={uri.location} num-buffers={frames} "
+        f"! {_raw_caps('video/x-raw,format=I420', options)}"
+    )
+    return Recipe(launch, ("videotestsrc",))
+
+
+def _v4l2(uri: SourceURI, delivery: Delivery) -> Recipe:
+    decoding, elements = _decoding()
+    caps = f"capsfilter caps={_raw_caps('video/x-raw', uri.options)};{_raw_caps('image/jpeg', uri.options)} ! "
+    chosen = caps if uri.options else ""
+    origin = {"device": uri.location}
+    return Recipe(f"v4l2src name={ORIGIN} ! {chosen}{decoding}", ("v4l2src", *elements), origin)
+
+
+def _csi(uri: SourceURI, delivery: Delivery) -> Recipe:
+    caps = _raw_caps("video/x-raw(memory:NVMM)", {**_CSI_DEFAULTS, **uri.options})
+    launch = (
+        f"nvarguscamerasrc name={ORIGIN} sensor-id={int(uri.location)} ! {caps} ! nvvidconv ! video/x-raw,format=I420"
+    )
+    return Recipe(launch, ("nvarguscamerasrc", "nvvidconv"))
+
+
+def _rtsp(uri: SourceURI, delivery: Delivery) -> Recipe:
+    decoding, elements = _decoding()
+    latency = uri.options.get("latency", _RTSP_LATENCY_MS)
+    # TCP unless asked otherwise: a lost packet smears the picture until the next key frame.
+    transport = uri.options.get("transport", "tcp")
+    launch = (
+        f"rtspsrc name={ORIGIN} latency={latency} drop-on-latency=true protocols={transport} "
+        f"! application/x-rtp,media=video ! {decoding}"
+    )
+    origin = {"location": uri.location}
+    if uri.user is not None:
+        origin["user-id"] = uri.user
+        origin["user-pw"] = uri.password or ""
+    return Recipe(launch, ("rtspsrc", *elements), origin)
+
+
+_HEADS = {"file": _file, "test": _test, "v4l2": _v4l2, "csi": _csi, "rtsp": _rtsp}
+
+
+def _raw_caps(media: str, options: Mapping[str, Option]) -> str:
+    caps = media
+    for name in ("width", "height"):
+        if name in options:
+            caps += f",{name}={options[name]}"
+    if "fps" in options:
+        fps = Fraction(options["fps"])
+        caps += f",framerate={fps.numerator}/{fps.denominator}"
+    return caps
+
+
+def _decoding() -> tuple[str, tuple[str, ...]]:
+    decoding = f"decodebin name={DECODER}"
+    if not has_element("nvvidconv"):
+        return decoding, ("decodebin",)
+    # A Jetson's decoders leave pictures in device memory and its software decoders do not. nvvidconv takes both, but
+    # one of its ends must be in device memory: so once in, and once out.
+    return f"{decoding} ! nvvidconv ! video/x-raw(memory:NVMM) ! nvvidconv ! video/x-raw", ("decodebin", "nvvidconv")
+
+
+def _tail(view: View, delivery: Delivery, *, live: bool) -> tuple[str, tuple[str, ...]]:
+    caps, scale = "video/x-raw,format=RGB", ""
+    if view.size is not None:
+        width, height = view.size
+        borders = "true" if view.aspect == "letterbox" else "false"
+        # Scaled before it is converted: converting the full size costs more. With square pixels asked for, borders
+        # keep the shape seen on a screen, and no borders fill the size whatever the shape of the stored pixels.
+        scale = f"videoscale add-borders={borders} ! "
+        caps += f",width={width},height={height},pixel-aspect-ratio=1/1"
+    # A live source must not queue up behind a machine too slow to scale: its old frames are let go here.
+    head = f"queue name={TAP} leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0 ! videoconvert"
+    head = head if live else f"videoconvert name={TAP}"
+    sink = f"appsink name={FRAMES} {_SINKS[delivery]}"
+    # videoflip turns pictures of a phone held upright; the videoconvert before it is idle unless videoflip does not
+    # know the format.
+    launch = f"{head} ! videoflip video-direction=auto ! {scale}{_EXACT_COLOURS} ! videoconvert ! {caps} ! {sink}"
+    return launch, ("queue", "videoconvert", "videoflip", "videoscale", "appsink")
+
+
+# GStreamer's direct way from 8-bit YUV to RGB is 2.6 levels of 255 off on average, nearly all of them too dark;
+# through 16 bits it is 0.65 off, for 0.5 ms a frame of 224x224. Of these formats GStreamer takes the one that loses
+# least: AYUV64 for YUV, RGBA for pictures in RGB, which stay bit for bit what they are.
+_EXACT_COLOURS = "videoconvert ! video/x-raw,format={RGBA,AYUV64,GRAY8}"
+
+_SINKS: Mapping[str, str] = {
+    "every": "sync=false max-buffers=4",
+    "newest": "sync=false drop=true max-buffers=1",
+    "newest-in-time": "sync=true drop=true max-buffers=1",
+}

@@ -1,0 +1,251 @@
+"""A camera, a video file, pictures or a test pattern, as an iterator of frames."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Protocol
+
+from keepsight.streams.capture import Capture, Picture, Timeouts
+from keepsight.streams.containers import lacks_index
+from keepsight.streams.errors import SourceNotFoundError, SourceUnreadableError, UsageError
+from keepsight.streams.faults import truncation_of
+from keepsight.streams.frame import Frame
+from keepsight.streams.images import ImageSequence, image_paths
+from keepsight.streams.pipelines import Aspect, Delivery, View
+from keepsight.streams.sampling import Sampler
+from keepsight.streams.uri import SourceURI
+
+__all__ = ["Source"]
+
+Pace = Literal["auto", "offline", "realtime"]
+
+
+class _Reader(Protocol):
+    dropped: int
+
+    def next(self) -> Picture | None: ...
+
+    def duration_s(self) -> float | None: ...
+
+    def close(self) -> None: ...
+
+
+class Source(Iterator[Frame]):
+    """Frames of a source, one after the other.
+
+    A live source gives its newest frame: those that came while nobody asked are dropped and counted. A file gives
+    every frame, as fast as they are read, unless `pace="realtime"` makes a camera of it.
+
+    The address is checked at once; the pipeline starts with the first frame asked for, or on entering a `with`.
+    One thread iterates; any thread may close.
+
+    Args:
+        uri: a path, `file://`, a directory of images, `test://ball`, `v4l2:///dev/video0`, `/dev/video0`, `csi://0`,
+            `rtsp://user:password@host/path` (see `uri.SourceURI` for the options after `?`).
+        size: (width, height) of the frames; None leaves the stored pixels as they are.
+        aspect: `stretch` fills `size`; `letterbox` keeps the shape and adds black borders.
+        fps: frames wanted per second of the stream, the first at or after each `k / fps`; None is every frame.
+            For pictures it is their rate, 1 by default.
+        pace: `auto` plays what is live as live and files offline; `offline` gives every frame of a file or of a test
+            pattern; `realtime` plays a file at its own speed, newest frame first.
+        first_frame_timeout_s: seconds to wait for the first frame.
+        stall_timeout_s: seconds to wait for each frame after it.
+
+    Raises:
+        UsageError: an address or an option that makes no sense.
+        SourceNotFoundError: no such file or device; while iterating: a host or a path that can't be reached.
+        SourceUnreadableError: empty, not a video, no video in it, no decoder; while iterating: truncated (after all
+            the frames that are there).
+        NoFrameError: while iterating: no first frame in time.
+        SourceLostError: while iterating: a live source ended or stalled.
+        MissingComponentError: GStreamer or one of its elements is not installed.
+
+    >>> with Source("test://ball?frames=3", size=(64, 48), pace="offline") as source:
+    ...     [frame.image.shape for frame in source]
+    [(48, 64, 3), (48, 64, 3), (48, 64, 3)]
+    """
+
+    def __init__(
+        self,
+        uri: str | Path,
+        *,
+        size: tuple[int, int] | None = None,
+        aspect: Aspect = "stretch",
+        fps: float | None = None,
+        pace: Pace = "auto",
+        first_frame_timeout_s: float = 10.0,
+        stall_timeout_s: float = 5.0,
+    ) -> None:
+        self._lock = threading.Lock()
+        self._closed = False
+        self._reader: _Reader | None = None
+        self.uri = SourceURI.parse(uri)
+        self._view = View(size, aspect)
+        self._pace = pace
+        self._delivery = _delivery(self.uri, pace)
+        self._timeouts = Timeouts(first_frame_timeout_s, stall_timeout_s)
+        self._fps = fps
+        self._sampler = None if fps is None else Sampler(fps)
+        self._images = _check_presence(self.uri)
+        self._ahead: Picture | None = None
+        self._epoch_s: float | None = None
+        self._time_s = 0.0
+        self._delivered = 0
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the world goes on while nobody looks: a camera, or a test pattern that is not read offline."""
+        return self._delivery == "newest"
+
+    @property
+    def dropped(self) -> int:
+        """Frames that a newer one replaced before they were read. Those that `fps` leaves out are not among them."""
+        return 0 if self._reader is None else self._reader.dropped
+
+    @property
+    def duration_s(self) -> float | None:
+        """Length in seconds; None for what is live or does not say. Opens the source, as asking for a frame does."""
+        if self.is_live:
+            return None
+        if self._images is None and self._ahead is None and self._delivered == 0:
+            self._ahead = self._read()
+        reader = self._open()
+        return None if reader is None else reader.duration_s()
+
+    def __next__(self) -> Frame:
+        picture, self._ahead = self._ahead, None
+        picture = picture or self._read()
+        if picture is None:
+            self.close()
+            raise StopIteration
+        frame = Frame(picture.image, self._forward(picture.time_s), picture.captured_at, self._delivered)
+        self._delivered += 1
+        return frame
+
+    def close(self) -> None:
+        """Stop and give everything back. An iteration in another thread ends; closing twice does nothing."""
+        with self._lock:
+            self._closed = True
+            reader = self._reader
+        if reader is not None:
+            reader.close()
+
+    def __enter__(self) -> Source:
+        self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # A source nobody closed would go on playing; one whose __init__ raised has nothing to close.
+        if getattr(self, "_reader", None) is not None:
+            self.close()
+
+    def __repr__(self) -> str:
+        options = f", size={self._view.size}, aspect={self._view.aspect!r}, fps={self._fps}, pace={self._pace!r}"
+        return f"Source({self.uri.redacted!r}{options})"
+
+    def _open(self) -> _Reader | None:
+        with self._lock:
+            if self._reader is None and not self._closed:
+                self._reader = self._make_reader()
+            return self._reader
+
+    def _make_reader(self) -> _Reader:
+        if self._images is not None:
+            realtime = self._delivery != "every"
+            return ImageSequence(
+                self._images, self._view, fps=self._fps or 1.0, realtime=realtime, timeouts=self._timeouts
+            )
+        # A newest-wins reader is sampled here, on what is newest when it is asked; sampled earlier, the frame that
+        # waits could be nearly 1/fps old.
+        early = self._sampler if self._delivery == "every" else None
+        return Capture(self.uri, self._view, self._delivery, self._timeouts, early)
+
+    def _read(self) -> Picture | None:
+        """The next picture that is wanted, its time counted from the stream's start."""
+        reader = self._open()
+        while reader is not None and not self._closed:
+            try:
+                picture = reader.next()
+            except BaseException:
+                self.close()
+                raise
+            if picture is None:
+                return None
+            picture = self._dated(picture)
+            if self._delivery == "every" or self._images or not self._sampler or self._sampler.take(picture.time_s):
+                return picture
+        return None
+
+    def _dated(self, picture: Picture) -> Picture:
+        if not self.is_live:
+            return picture
+        # A camera's stream starts with its first frame, not with the time it took to connect.
+        if self._epoch_s is None:
+            self._epoch_s = picture.captured_at
+        return Picture(picture.image, max(0.0, picture.captured_at - self._epoch_s), picture.captured_at)
+
+    def _forward(self, time_s: float) -> float:
+        self._time_s = max(self._time_s, time_s)
+        return self._time_s
+
+
+def _delivery(uri: SourceURI, pace: Pace) -> Delivery:
+    if pace not in ("auto", "offline", "realtime"):
+        raise UsageError(f"pace={pace!r} is not known.", fix="Use 'auto', 'offline' or 'realtime'.")
+    if uri.kind == "file":
+        return "newest-in-time" if pace == "realtime" else "every"
+    if pace == "offline" and uri.kind != "test":
+        raise UsageError(f"{uri} is live and can't be read offline.", fix="Leave pace='auto'.")
+    return "every" if pace == "offline" else "newest"
+
+
+def _check_presence(uri: SourceURI) -> list[Path] | None:
+    """Refuse what is not there before GStreamer is asked, whose answers are vaguer; find a directory's pictures."""
+    if uri.kind == "file":
+        return _check_file(uri)
+    if uri.kind == "v4l2":
+        _check_device(uri.location)
+    return None
+
+
+def _check_file(uri: SourceURI) -> list[Path] | None:
+    path = Path(uri.location)
+    if not path.exists():
+        place = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise SourceNotFoundError(f"there is no file {path}{place}.", fix="Check the path.")
+    if not os.access(path, os.R_OK):
+        raise SourceUnreadableError(f"{path} may not be read by this user.", fix=f"chmod +r {path}.")
+    if not (path.is_file() or path.is_dir()):  # reading a pipe may block for ever, even against closing it
+        raise SourceUnreadableError(f"{path} is a pipe or a device, not a file.", fix="Save it to a file first.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise SourceUnreadableError(f"{path} is empty (0 bytes).", fix="Copy or download it again.")
+    if path.is_file() and lacks_index(path):
+        # Checked here because decodebin sometimes swallows the demuxer's complaint, and then nothing ever comes.
+        missing = truncation_of(uri)
+        what = f"is truncated: {missing} are there, and its" if missing else "has no"
+        raise SourceUnreadableError(
+            f"{path} {what} index (the moov box){' is in the rest' if missing else ''}.",
+            fix="Copy or download it again.",
+        )
+    return image_paths(path)
+
+
+def _check_device(device: str) -> None:
+    if not os.path.exists(device):
+        there = ", ".join(sorted(str(item) for item in Path("/dev").glob("video*"))) or "none at all"
+        raise SourceNotFoundError(
+            f"there is no camera {device}; this machine has {there}.", fix="Plug it in, and see `keepsight sources`."
+        )
+    if not os.access(device, os.R_OK | os.W_OK):
+        raise SourceUnreadableError(
+            f"{device} may not be used by this user.", fix="sudo usermod -aG video $USER, then log in again."
+        )
