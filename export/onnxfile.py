@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 # TensorRT 10.3 (JetPack 6) takes 17: LayerNormalization is native there, Gelu is still spelled with Erf.
 OPSET = 17
 HALF_MIN_ELEMENTS = 1024
+_ALIGN = 64
 
 
 def export_onnx(
@@ -49,11 +52,12 @@ def export_onnx(
             dynamo=False,
         )
     model = onnx.load(str(path))
+    _turn_gemm_weights(model)
     if half_storage:
         store_half(model)
     model.producer_version = ""  # the same weights give the same bytes whatever torch wrote them
     onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, str(path))
+    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def round_to_half(module: nn.Module) -> None:
@@ -87,3 +91,49 @@ def store_half(model: onnx.ModelProto) -> None:
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _turn_gemm_weights(model: onnx.ModelProto) -> None:
+    """Store the weight of each `Gemm` as `MatMul` has it, [in, out], so that graphs can share one copy."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "Gemm" or node.input[1] not in weights:
+            continue
+        turned = next((attribute for attribute in node.attribute if attribute.name == "transB" and attribute.i), None)
+        users = sum(list(other.input).count(node.input[1]) for other in model.graph.node)
+        if turned is None or users != 1:
+            continue
+        tensor = weights[node.input[1]]
+        values = np.ascontiguousarray(numpy_helper.to_array(tensor).T)
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        turned.i = 0
+
+
+def share_weights(folder: Path, graphs: Sequence[str], file: str) -> dict[str, tuple[int, str, tuple[int, ...]]]:
+    """Move the large weights of several graphs to one external file in which equal ones stand once.
+
+    Returns:
+        sha256 of a weight's bytes -> (offset in the file, numpy dtype, shape).
+    """
+    index: dict[str, tuple[int, str, tuple[int, ...]]] = {}
+    blob = bytearray()
+    for name in graphs:
+        path = folder / f"{name}.onnx"
+        model = onnx.load(str(path))
+        for tensor in model.graph.initializer:
+            values = numpy_helper.to_array(tensor)
+            if values.size < HALF_MIN_ELEMENTS:
+                continue
+            raw = values.tobytes()
+            key = hashlib.sha256(raw).hexdigest()
+            if key not in index:
+                blob += bytes(-len(blob) % _ALIGN)
+                index[key] = (len(blob), values.dtype.name, values.shape)
+                blob += raw
+            tensor.raw_data = raw
+            onnx.external_data_helper.set_external_data(tensor, file, offset=index[key][0], length=len(raw))
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+        path.write_bytes(model.SerializeToString(deterministic=True))
+    (folder / file).write_bytes(blob)
+    return index

@@ -120,6 +120,11 @@ class Session:
     def frames_seen(self) -> int:
         return self._qformer.bank.frames_seen
 
+    @property
+    def time_s(self) -> float:
+        """Stream time of the newest frame; -1 before the first."""
+        return -1.0 if self._newest is None else self._newest.time_s
+
     # -- questions -------------------------------------------------------------------------------------------------
 
     def stand(self, question: str, *, prompt: str | None = None) -> Standing:
@@ -286,6 +291,12 @@ class Watcher:
                 fix="Look at the source with: gst-play-1.0 URI",
             )
 
+    def wait_until(self, time_s: float, timeout_s: float = 60.0) -> None:
+        """Wait until the newest frame's stream time is `time_s` or later, or the source has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._session.time_s >= time_s or not self._alive(), timeout_s)
+        self.check()
+
     def check(self) -> None:
         """Raise what stopped the capture, if an error did."""
         if self._error is not None:
@@ -300,6 +311,10 @@ class Watcher:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop watching; an error that this causes in the source is not reported."""
         self._closing = True
         self.source.close()
         self._thread.join(10.0)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keepsight.streams.errors import KeepsightError, UsageError
-from keepsight.streams.gst import has_element, launch, load_gst, require_elements
+from keepsight.streams.gst import array_to_buffer, has_element, launch, load_gst, require_elements
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -137,11 +137,7 @@ def _wait_for_room(source: Any, bus: Any, path: Path, limit_bytes: int) -> None:
 
 
 def _buffer(gst: Any, frame: NDArray[np.uint8], index: int, rate: Fraction) -> Any:
-    height, width, _ = frame.shape
-    stride = (3 * width + 3) // 4 * 4  # GStreamer wants rows of RGB at multiples of 4 bytes
-    rows = np.zeros((height, stride), np.uint8)
-    rows[:, : 3 * width] = frame.reshape(height, 3 * width)
-    buffer = gst.Buffer.new_wrapped(rows.tobytes())
+    buffer = array_to_buffer(frame)
     # Each end is rounded by itself, so that rounding never adds up.
     begin, end = (round(count * gst.SECOND / rate) for count in (index, index + 1))
     buffer.pts, buffer.duration = begin, end - begin

@@ -19,7 +19,16 @@ from keepsight.streams.errors import MissingComponentError, UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["debian_package", "first_error", "has_element", "launch", "load_gst", "require_elements", "sample_to_array"]
+__all__ = [
+    "array_to_buffer",
+    "debian_package",
+    "first_error",
+    "has_element",
+    "launch",
+    "load_gst",
+    "require_elements",
+    "sample_to_array",
+]
 
 # Where Debian, Ubuntu and JetPack put Python packages for their own Python.
 _SYSTEM_PACKAGES = Path("/usr/lib/python3/dist-packages")
@@ -180,6 +189,15 @@ def first_error(bus: Any) -> Any | None:
     while (message := bus.pop_filtered(gst.MessageType.ERROR)) is not None:
         found = found or message
     return found
+
+
+def array_to_buffer(image: NDArray[np.uint8]) -> Any:
+    """Copy a picture, uint8 `[H, W, 3]`, into a buffer for caps of `video/x-raw, format=RGB`; its time is not set."""
+    height, width, _ = image.shape
+    stride = (3 * width + 3) // 4 * 4  # GStreamer wants rows of RGB at multiples of 4 bytes
+    rows = np.zeros((height, stride), np.uint8)
+    rows[:, : 3 * width] = image.reshape(height, 3 * width)
+    return load_gst().Buffer.new_wrapped(rows.tobytes())
 
 
 def sample_to_array(sample: Any) -> NDArray[np.uint8]:

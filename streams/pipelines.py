@@ -11,7 +11,7 @@ from keepsight.streams.errors import UsageError
 from keepsight.streams.gst import has_element, launch, load_gst, require_elements
 from keepsight.streams.uri import Option, SourceURI
 
-__all__ = ["Delivery", "Recipe", "View", "build", "recipe_for"]
+__all__ = ["Delivery", "Recipe", "View", "build", "recipe_for", "recipe_for_pictures"]
 
 Aspect = Literal["stretch", "letterbox"]
 Delivery = Literal["every", "newest", "newest-in-time"]
@@ -70,6 +70,13 @@ def recipe_for(uri: SourceURI, view: View, delivery: Delivery) -> Recipe:
     head = _HEADS[uri.kind](uri, delivery)
     tail, tail_elements = _tail(view, delivery, live=delivery == "newest")
     return Recipe(f"{head.launch} ! {tail}", head.elements + tail_elements, head.origin)
+
+
+def recipe_for_pictures(width: int, height: int, view: View) -> Recipe:
+    """Say how to scale RGB pictures of width x height that are pushed into the element `ORIGIN`."""
+    caps = f"video/x-raw,format=RGB,width={width},height={height},framerate=1/1,pixel-aspect-ratio=1/1"
+    tail, elements = _tail(view, "every", live=False)
+    return Recipe(f"appsrc name={ORIGIN} format=time caps={caps} ! {tail}", ("appsrc", *elements))
 
 
 def build(recipe: Recipe) -> Any:

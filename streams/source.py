@@ -9,14 +9,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol
 
+from keepsight.streams.arrays import ArrayFile, is_array_file
 from keepsight.streams.capture import Capture, Picture, Timeouts
 from keepsight.streams.containers import lacks_index
 from keepsight.streams.errors import SourceNotFoundError, SourceUnreadableError, UsageError
 from keepsight.streams.faults import truncation_of
 from keepsight.streams.frame import Frame
-from keepsight.streams.images import ImageSequence, image_paths
+from keepsight.streams.images import ImageFiles, image_paths
 from keepsight.streams.pipelines import Aspect, Delivery, View
 from keepsight.streams.sampling import Sampler
+from keepsight.streams.stills import Stills, StillSequence
 from keepsight.streams.uri import SourceURI
 
 __all__ = ["Source"]
@@ -44,12 +46,13 @@ class Source(Iterator[Frame]):
     One thread iterates; any thread may close.
 
     Args:
-        uri: a path, `file://`, a directory of images, `test://ball`, `v4l2:///dev/video0`, `/dev/video0`, `csi://0`,
-            `rtsp://user:password@host/path` (see `uri.SourceURI` for the options after `?`).
+        uri: a path, `file://`, a directory of images, a `.npy` file of uint8 RGB frames `[T, H, W, 3]`, `test://ball`,
+            `v4l2:///dev/video0`, `/dev/video0`, `csi://0`, `rtsp://user:password@host/path` (see `uri.SourceURI` for
+            the options after `?`).
         size: (width, height) of the frames; None leaves the stored pixels as they are.
         aspect: `stretch` fills `size`; `letterbox` keeps the shape and adds black borders.
         fps: frames wanted per second of the stream, the first at or after each `k / fps`; None is every frame.
-            For pictures it is their rate, 1 by default.
+            For pictures and `.npy` frames, of which every one is given, it is their rate, 1 by default.
         pace: `auto` plays what is live as live and files offline; `offline` gives every frame of a file or of a test
             pattern; `realtime` plays a file at its own speed, newest frame first.
         first_frame_timeout_s: seconds to wait for the first frame.
@@ -58,7 +61,7 @@ class Source(Iterator[Frame]):
     Raises:
         UsageError: an address or an option that makes no sense.
         SourceNotFoundError: no such file or device; while iterating: a host or a path that can't be reached.
-        SourceUnreadableError: empty, not a video, no video in it, no decoder; while iterating: truncated (after all
+        SourceUnreadableError: empty, not a video, no video in it, no decoder, no frames in a `.npy`; while iterating: truncated (after all
             the frames that are there).
         NoFrameError: while iterating: no first frame in time.
         SourceLostError: while iterating: a live source ended or stalled.
@@ -90,7 +93,7 @@ class Source(Iterator[Frame]):
         self._timeouts = Timeouts(first_frame_timeout_s, stall_timeout_s)
         self._fps = fps
         self._sampler = None if fps is None else Sampler(fps)
-        self._images = _check_presence(self.uri)
+        self._stills = _check_presence(self.uri, self._view, self._timeouts)
         self._ahead: Picture | None = None
         self._epoch_s: float | None = None
         self._time_s = 0.0
@@ -111,7 +114,7 @@ class Source(Iterator[Frame]):
         """Length in seconds; None for what is live or does not say. Opens the source, as asking for a frame does."""
         if self.is_live:
             return None
-        if self._images is None and self._ahead is None and self._delivered == 0:
+        if self._stills is None and self._ahead is None and self._delivered == 0:
             self._ahead = self._read()
         reader = self._open()
         return None if reader is None else reader.duration_s()
@@ -159,11 +162,8 @@ class Source(Iterator[Frame]):
             return self._reader
 
     def _make_reader(self) -> _Reader:
-        if self._images is not None:
-            realtime = self._delivery != "every"
-            return ImageSequence(
-                self._images, self._view, fps=self._fps or 1.0, realtime=realtime, timeouts=self._timeouts
-            )
+        if self._stills is not None:
+            return StillSequence(self._stills, fps=self._fps or 1.0, realtime=self._delivery != "every")
         # A newest-wins reader is sampled here, on what is newest when it is asked; sampled earlier, the frame that
         # waits could be nearly 1/fps old.
         early = self._sampler if self._delivery == "every" else None
@@ -181,7 +181,8 @@ class Source(Iterator[Frame]):
             if picture is None:
                 return None
             picture = self._dated(picture)
-            if self._delivery == "every" or self._images or not self._sampler or self._sampler.take(picture.time_s):
+            chosen_already = self._delivery == "every" or self._stills is not None
+            if chosen_already or self._sampler is None or self._sampler.take(picture.time_s):
                 return picture
         return None
 
@@ -208,16 +209,24 @@ def _delivery(uri: SourceURI, pace: Pace) -> Delivery:
     return "every" if pace == "offline" else "newest"
 
 
-def _check_presence(uri: SourceURI) -> list[Path] | None:
-    """Refuse what is not there before GStreamer is asked, whose answers are vaguer; find a directory's pictures."""
+def _check_presence(uri: SourceURI, view: View, timeouts: Timeouts) -> Stills | None:
+    """Refuse what is not there before GStreamer is asked, whose answers are vaguer; find pictures that lie ready."""
     if uri.kind == "file":
-        return _check_file(uri)
+        _check_file(uri)
+        return _stills_at(Path(uri.location), view, timeouts)
     if uri.kind == "v4l2":
         _check_device(uri.location)
     return None
 
 
-def _check_file(uri: SourceURI) -> list[Path] | None:
+def _stills_at(path: Path, view: View, timeouts: Timeouts) -> Stills | None:
+    if is_array_file(path):
+        return ArrayFile(path, view, timeouts)
+    images = image_paths(path)
+    return None if images is None else ImageFiles(images, view, timeouts)
+
+
+def _check_file(uri: SourceURI) -> None:
     path = Path(uri.location)
     if not path.exists():
         place = "" if path.is_absolute() else f" in {Path.cwd()}"
@@ -236,7 +245,6 @@ def _check_file(uri: SourceURI) -> list[Path] | None:
             f"{path} {what} index (the moov box){' is in the rest' if missing else ''}.",
             fix="Copy or download it again.",
         )
-    return image_paths(path)
 
 
 def _check_device(device: str) -> None:

@@ -1,0 +1,124 @@
+"""Watching a source for the command line: until a moment, or live with questions typed meanwhile."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+
+import typer
+
+from keepsight.runtime.session import Session, Watcher
+from keepsight.streams import Source
+from keepsight.streams.errors import KeepsightError, NoFrameError, SourceLostError, SourceNotFoundError, UsageError
+
+RETRY_S = (0.5, 10.0)  # first and longest pause before a camera is tried again
+
+
+def watch_until(session: Session, source: Source, until_s: float | None) -> None:
+    """See every frame up to a stream time (None: to the end).
+
+    Raises:
+        UsageError: the stream ends before it has shown anything at all.
+        KeepsightError: what the source raises.
+    """
+    for frame in source:
+        if until_s is not None and frame.time_s > until_s and session.frames_seen:
+            break
+        session.see(frame)
+    if not session.frames_seen:
+        raise UsageError(f"{source!r} has no frame to ask about.")
+
+
+def converse(session: Session, uri: str) -> None:
+    """Watch `uri` and answer the lines of standard input, until its end or Ctrl-C. A lost camera is tried again."""
+    interactive = sys.stdin.isatty()
+    camera = Camera(session, uri)
+    camera.wait()
+    typer.echo(f"Watching {camera.source.uri}. Type a question; Ctrl-D leaves.", err=True)
+    try:
+        while True:
+            line = _read_line(interactive)
+            camera.check()
+            if line is None:
+                break
+            if line.strip():
+                _reply(session, line.strip())
+    except KeyboardInterrupt:
+        typer.echo(err=True)
+    finally:
+        camera.close()
+
+
+def _read_line(interactive: bool) -> str | None:
+    if interactive:
+        try:
+            return input("> ")
+        except EOFError:
+            return None
+    return sys.stdin.readline() or None
+
+
+def _reply(session: Session, question: str) -> None:
+    try:
+        answers = session.ask(question)
+        for piece in answers:
+            typer.echo(piece, nl=False)
+        typer.echo()
+        typer.echo(f"  [{answers.result.trace}]", err=True)
+    except UsageError as error:
+        typer.echo(str(error), err=True)
+
+
+class Camera:
+    """A source that is watched by a session and opened again whenever it is lost; a file plays once, in real time."""
+
+    def __init__(self, session: Session, uri: str) -> None:
+        self._session, self._uri = session, uri
+        self._pause_s = RETRY_S[0]
+        self._watcher: Watcher | None = None
+        self.source = self._open()
+
+    def wait(self) -> None:
+        """Wait for the first frame; a camera that is not there yet is tried until it is.
+
+        Raises:
+            KeepsightError: a file that can't be played; an address that makes no sense.
+        """
+        while True:
+            assert self._watcher is not None
+            try:
+                self._watcher.wait(timeout_s=15.0)
+                return
+            except (SourceNotFoundError, NoFrameError, SourceLostError) as error:
+                self._again(error)
+
+    def check(self) -> None:
+        """Open the source again if it was lost; the memory is kept.
+
+        Raises:
+            KeepsightError: what stopped a file, other than its end.
+        """
+        assert self._watcher is not None
+        try:
+            self._watcher.check()
+        except (SourceNotFoundError, NoFrameError, SourceLostError) as error:
+            self._again(error)
+
+    def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.close()
+
+    def _open(self) -> Source:
+        source = self._session.source(self._uri, realtime=True)
+        self._watcher = self._session.watch(source)
+        return source
+
+    def _again(self, error: KeepsightError) -> None:
+        if not self.source.uri.is_camera:
+            raise error
+        typer.echo(f"{error} Trying again in {self._pause_s:.1f} s.", err=True)
+        self.close()
+        time.sleep(self._pause_s * random.uniform(0.8, 1.2))
+        self._pause_s = min(2 * self._pause_s, RETRY_S[1])
+        self.source = self._open()
