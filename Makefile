@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-environment lint test clean
+.PHONY: help setup demo test-environment lint test results clean
 
 # Settings of this machine that should outlast one command, as `export NAME := value`; not under version control.
 -include local.mk
@@ -19,6 +19,7 @@ help:
 	@echo "make test    set up what is missing, then ruff, mypy and pytest (options: PYTEST_ARGS=...)"
 	@echo "make setup   only the set-up of make demo: system packages, .venv, llama.cpp, keepsight[tiny]"
 	@echo "make lint    only ruff and mypy"
+	@echo "make results measure the README's accuracy table again (about an hour)"
 	@echo "make clean   remove .venv and everything built (not the cache of llama.cpp wheels)"
 	@echo
 	@echo "Settings, here or in local.mk: PYTHON, CMAKE_ARGS, TORCH, SKIP_APT=1, KEEPSIGHT_CACHE (now $${KEEPSIGHT_CACHE:-$${XDG_CACHE_HOME:-~/.cache}/keepsight})"
@@ -37,6 +38,10 @@ lint: test-environment
 
 test: lint
 	@.venv/bin/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+results: test-environment
+	@.venv/bin/python scripts/results-table
+	@.venv/bin/python scripts/contact-sheet
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

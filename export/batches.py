@@ -33,7 +33,7 @@ class PictureBatches:
     """Single pictures, a bank of one frame each: clean ones and unsteady looks, half and half."""
 
     def __init__(self, pools: Pools, basis: Basis, questions: QuestionSet, text: TextBatch, cache: Path) -> None:
-        self.questions, self.text = questions, text
+        self.questions, self.text, self.scale = questions, text, torch.from_numpy(basis.scale)
         self.paths = [*questions.stills, *(picture.path for picture in pools.pictures)]
         self.stills = _projected(basis, pools.stills[:, None], cache / "stills.npy")
         self.looks = _projected(basis, pools.held, cache / "looks.npy")
@@ -47,7 +47,7 @@ class PictureBatches:
 
     def _features(self, index: int, rng: np.random.Generator) -> Tensor:
         pool, place = (self.stills, index) if index < len(self.stills) else (self.looks, index - len(self.stills))
-        return torch.from_numpy(pool[place, rng.integers(pool.shape[1])].astype(np.float32))
+        return torch.from_numpy(pool[place, rng.integers(pool.shape[1])].astype(np.float32)) * self.scale
 
 
 def _projected(basis: Basis, features: NDArray[np.float16], cache: Path) -> NDArray[np.float16]:
@@ -71,15 +71,26 @@ class SnapshotBatches:
     """Snapshots of streams up to a number of scenes, with questions about the past and the present."""
 
     def __init__(
-        self, arrays: dict[str, NDArray[Any]], pools: Pools, questions: QuestionSet, text: TextBatch, streams: range
+        self,
+        arrays: dict[str, NDArray[Any]],
+        pools: Pools,
+        basis: Basis,
+        questions: QuestionSet,
+        text: TextBatch,
+        streams: range,
     ) -> None:
         self.arrays, self.pools, self.questions, self.text = arrays, pools, questions, text
+        self.scale = torch.from_numpy(basis.scale)
         self.scene = np.asarray(arrays["scene"])
         self.stream = np.asarray(arrays["stream"])
         self.mine = np.flatnonzero((self.stream >= streams.start) & (self.stream < streams.stop))
 
     def draw(self, snapshots: int, each: int, steps: int, scenes: tuple[int, int], rng: np.random.Generator) -> Batch:
-        """`steps` 1 reads the bank once; S replays it slot by slot. `scenes`: fewest and most scenes seen so far."""
+        """Snapshots of streams with `scenes` (fewest, most) scenes so far, `each` questions about every one.
+
+        `steps` 1 reads the bank once, S replays it slot by slot; in between, a random choice of steps is replayed that
+        ends with the newest: as instructive for the time it takes, and no step can rely on any other.
+        """
         seen = self.scene[self.mine] + 1
         chosen = rng.choice(self.mine[(seen >= scenes[0]) & (seen <= scenes[1])], snapshots, replace=False)
         return self.batch(chosen, each, steps, rng)
@@ -87,20 +98,22 @@ class SnapshotBatches:
     def batch(self, chosen: Sequence[int] | NDArray[np.int64], each: int, steps: int, rng: np.random.Generator) -> Batch:
         rows = [self.ask(int(index), each, rng) for index in chosen]
         ids, mask, answers = self.text(rows)
-        return Batch(ids, mask, self._banks(np.sort(np.asarray(chosen)), np.asarray(chosen), steps), answers, rows)
+        slots = self.arrays["rank"].shape[1]
+        replayed = np.append(np.sort(rng.choice(slots - 1, steps - 1, replace=False)), slots - 1)
+        return Batch(ids, mask, self._banks(np.sort(np.asarray(chosen)), np.asarray(chosen), replayed), answers, rows)
 
     def ask(self, index: int, each: int, rng: np.random.Generator) -> list[tuple[str, str]]:
         pictures, scene = self.arrays["pictures"][self.stream[index]], int(self.scene[index])
         labels = labels_until(self.pools, pictures, scene)
         return self.questions.about_stream(self.pools.pictures[int(pictures[scene])].path, labels, each, rng)
 
-    def _banks(self, ordered: NDArray[np.int64], chosen: NDArray[np.int64], steps: int) -> Banks:
+    def _banks(self, ordered: NDArray[np.int64], chosen: NDArray[np.int64], steps: NDArray[np.int64]) -> Banks:
         back = np.searchsorted(ordered, chosen)  # memory-mapped rows are read in order
         rank = torch.from_numpy(self.arrays["rank"][ordered][back].astype(np.int64))
-        features = torch.from_numpy(self.arrays["slots"][ordered][back].astype(np.float32))
-        bucket = torch.from_numpy(self.arrays["bucket"][ordered][back].astype(np.int64))[:, -steps:]
-        slots = rank.shape[1]
-        now = torch.arange(slots - steps, slots)
+        features = torch.from_numpy(self.arrays["slots"][ordered][back].astype(np.float32)) * self.scale
+        bucket = torch.from_numpy(self.arrays["bucket"][ordered][back].astype(np.int64))
+        now = torch.from_numpy(steps)
+        bucket = bucket[:, now]
         visible = (rank[:, None] >= 0) & (rank[:, None] <= now[None, :, None, None])
         return Banks(features, visible, bucket, visible.flatten(2).any(-1))
 

@@ -16,7 +16,16 @@ from keepsight.export.qformer import QFormer
 from keepsight.export.streamset import Basis
 from keepsight.export.weights import store_weights
 from keepsight.runtime.manifest import (
-    Decoding, Dims, GraphInfo, Licence, LLMInfo, Manifest, OrderInfo, Preprocessing, Templates, write_manifest,
+    Decoding,
+    Dims,
+    GraphInfo,
+    Licence,
+    LLMInfo,
+    Manifest,
+    OrderInfo,
+    Preprocessing,
+    Templates,
+    write_manifest,
 )  # fmt: skip
 
 TEXT_BUCKETS = (16, 32, 64)
@@ -37,18 +46,21 @@ LICENCES = (
 )
 
 
-def unfold_basis(qformer: QFormer, basis: Basis) -> QFormer:
+def unfold_basis(qformer: QFormer, basis: Basis, *, half_storage: bool = False) -> QFormer:
     """The same Q-Former reading full-width features: key and value projections absorb the basis and its mean.
 
-    k = W (x - mean) D + b = (W D^T) x + (b - W D^T mean), for D `[C, 256]`.
+    k = W D^T (x - mean) + b = (W D^T) x + (b - W D^T mean), for D `[C, 256]`, its columns scaled as in training.
     """
     full = QFormer(replace(qformer.config, channels=CHANNELS))
     state = qformer.state_dict()
-    directions, mean = torch.from_numpy(basis.directions).double(), torch.from_numpy(basis.mean).double()
+    directions = torch.from_numpy(basis.directions * basis.scale).double()
+    mean = torch.from_numpy(basis.mean).double()
     for index in qformer.config.cross_layers:
         for part in ("key", "value"):
             name = f"layers.{index}.cross.{part}"
             weight = state[f"{name}.weight"].double() @ directions.T
+            if half_storage:  # rounded first, so that the bias fits the weight that the bundle will hold
+                weight = weight.half().double()
             state[f"{name}.weight"] = weight.float()
             state[f"{name}.bias"] = (state[f"{name}.bias"].double() - weight @ mean).float()
     full.load_state_dict(state)
@@ -65,10 +77,13 @@ def write_bundle(
     llm: LLMInfo | None,
     provenance: dict[str, Any],
     name: str = "keepsight-tiny",
+    tokens: int = GRID * GRID,
+    image_size: int = IMAGE_SIZE,
 ) -> Manifest:
     """Write a bundle of the tiny shape around a Q-Former of full-width features, weights stored in half precision.
 
-    `vision` and `tokenizer` are finished files. `qformer` is rounded to what float16 holds.
+    `vision` and `tokenizer` are finished files; `tokens` and `image_size` are those of `vision`. `qformer` is rounded to
+    what float16 holds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for source, target in ((vision, "vision.onnx"), (tokenizer, "tokenizer.json")):
@@ -77,18 +92,18 @@ def write_bundle(
     round_to_half(qformer)
     config = qformer.config
     graphs = export_qformer(
-        qformer, folder, slots=memory_length + 1, tokens=GRID * GRID, text=TEXT_BUCKETS[0], half_storage=True
+        qformer, folder, slots=memory_length + 1, tokens=tokens, text=TEXT_BUCKETS[0], half_storage=True
     )
     store_weights(qformer, folder, graphs)
     manifest = Manifest(
         name=name,
         dims=Dims(
-            image_size=IMAGE_SIZE, tokens=GRID * GRID, channels=config.channels, queries=config.queries,
+            image_size=image_size, tokens=tokens, channels=config.channels, queries=config.queries,
             hidden=config.hidden, layers=config.layers, cross_layers=tuple(config.cross_layers), heads=config.heads,
             n_embd=config.n_embd, memory_length=memory_length, text_buckets=TEXT_BUCKETS,
             position_buckets=1 + config.slots * config.time_buckets,
         ),
-        preprocessing=Preprocessing(width=IMAGE_SIZE, height=IMAGE_SIZE),
+        preprocessing=Preprocessing(width=image_size, height=image_size),
         sample_fps=SAMPLE_FPS,
         templates=Templates(qformer="{question}", llm=CHATML),
         decoding=Decoding(max_tokens=24, stop=("\n",)),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -249,7 +248,7 @@ def export_qformer(
     inputs = example_inputs(qformer, slots=slots, tokens=tokens, text=text)
     for name, (graph, outputs) in GRAPHS.items():
         axes = {key: _ROW_AXES[key] for key in (*inputs[name], *outputs) if key in _ROW_AXES}
-        module = cast(nn.Module, graph(qformer))
+        module = graph(qformer)
         export_onnx(
             module, inputs[name], outputs, folder / f"{name}.onnx", dynamic_axes=axes, half_storage=half_storage
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from keepsight.runtime.llm import LLM, Embeds, Special, Text, Tokens, render
@@ -29,9 +30,10 @@ class FrozenLanguageModel:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-        self.model: nn.Module = model.eval().requires_grad_(False)
+        self.model: Any = cast(Any, model).requires_grad_(False)
+        self.model.train(False)
         self._deployed, self._template = deployed, template
-        self.embedding: Tensor = model.get_input_embeddings().weight
+        self.embedding: Tensor = self.model.get_input_embeddings().weight
         self._end = deployed.tokenise([Special(end)])
         self._seen: dict[str, tuple[list[int], list[int]]] = {}
 
@@ -57,7 +59,7 @@ class FrozenLanguageModel:
         mask = (targets != IGNORED - 1).long()
         positions = torch.clamp(mask.cumsum(1) - 1, min=0)
         first = int((targets >= 0).any(0).nonzero()[0, 0])
-        hidden = self.model.model(  # type: ignore[operator, union-attr]
+        hidden = self.model.model(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state[:, first - 1 : -1]
         wanted = targets[:, first:]

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from keepsight.runtime import easyvqa
 from keepsight.runtime.easyvqa import Picture
-from keepsight.runtime.scenes import Camera, Scene, render
+from keepsight.runtime.scenes import Scene, render
 
 IMAGE_SIZE = 224
 TOKENS, CHANNELS = 49, 1280
@@ -105,7 +105,7 @@ def _frames(work: _Work) -> NDArray[np.uint8]:
         scene = Scene(Picture(work.paths[0], "", ""), VARIANTS, 0)
         return np.stack(list(render([scene], pixels, IMAGE_SIZE, rng)))
     first, second = (Picture(path, "", "") for path in work.paths)
-    looks = []
+    looks: list[NDArray[np.uint8]] = []
     for length in (1, 2):
         stream = render([Scene(first, 0, length), Scene(second, 0, 0)], pixels, IMAGE_SIZE, rng)
         looks.extend(stream)

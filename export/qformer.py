@@ -125,9 +125,9 @@ class QFormer(nn.Module):
         self.position_key = nn.Parameter(torch.zeros(table))
         self.position_value = nn.Parameter(torch.zeros(table))
         self.apply(_initialise)
-        nn.init.normal_(self.query_tokens, std=0.02)
-        nn.init.normal_(self.position_key, std=0.02)
-        nn.init.normal_(self.position_value, std=0.02)
+        nn.init.normal_(self.query_tokens, std=0.5)
+        nn.init.normal_(self.position_key, std=0.1)
+        nn.init.normal_(self.position_value, std=0.1)
 
     def layer(self, index: int) -> QFormerLayer:
         return cast(QFormerLayer, self.layers[index])
@@ -214,8 +214,9 @@ def additive(mask: Tensor) -> Tensor:
 
 
 def _initialise(module: nn.Module) -> None:
-    """BERT's initialisation: normal weights of 0.02, zero biases."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+    """Xavier's uniform weights and zero biases. (BERT's fixed 0.02 suits a width of 768; at 128 attention would start flat.)"""
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.5)
     if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +32,19 @@ FRAME_S = 0.25
 
 @dataclass(frozen=True)
 class Basis:
-    """Principal directions of the features: `mean` [1280], `directions` [1280, 256], orthonormal."""
+    """Principal directions of the features: `mean` [1280], `directions` [1280, 256], orthonormal, and `scale` [256].
+
+    Training reads `project(x) * scale`, which has unit variance in every direction: colors and shapes live in directions that
+    vary fifty times less than the first, and learn too slowly without.
+    """
 
     mean: NDArray[np.float32]
     directions: NDArray[np.float32]
+    scale: NDArray[np.float32]
 
     def project(self, features: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-        return (features.astype(np.float32) - self.mean) @ self.directions
+        centred: NDArray[np.float32] = features.astype(np.float32) - self.mean
+        return np.matmul(centred, self.directions, dtype=np.float32)
 
 
 def fit_basis(pools: Pools, path: Path) -> Basis:
@@ -48,10 +53,12 @@ def fit_basis(pools: Pools, path: Path) -> Basis:
         sample = np.concatenate([pools.stills[::8], pools.held[::8, 0], pools.fades[::16, 0, 0]])
         rows = sample.reshape(-1, CHANNELS)[::3].astype(np.float64)
         mean = rows.mean(axis=0)
-        _, vectors = np.linalg.eigh(np.cov((rows - mean).T))
-        np.savez(path, mean=mean.astype(np.float32), directions=vectors[:, ::-1][:, :BASIS].astype(np.float32))
+        values, vectors = np.linalg.eigh(np.cov((rows - mean).T))
+        scale = 1 / np.sqrt(values[::-1][:BASIS])
+        directions = vectors[:, ::-1][:, :BASIS]
+        np.savez(path, mean=mean, directions=directions, scale=scale)
     with np.load(path) as saved:
-        return Basis(saved["mean"], saved["directions"])
+        return Basis(*(saved[name].astype(np.float32) for name in ("mean", "directions", "scale")))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""Train keepsight-tiny's Q-Former in stages, as BLIP-2 does: answers first, then the LLM's own words, then through the LLM.
+"""Train a Q-Former in stages over an answer head, then onto the rows that make the language model say its answers.
 
-Stages (`STAGES`): `pictures` (one frame, an answer head), `reading` (one reading of a compressed bank, streams lengthened step
-by step), `replay` (block-causal, gradients through every step), `standing` (the query bank carried along, gradients at
-moments of the stream), and `language` (through the frozen LLM). Every stage keeps asking what the stages before it taught.
+A stage is a name, a number of steps, a learning rate, and a way to draw batches; `tiny.py` has the stages of keepsight-tiny. An
+interrupted run resumes from the last checkpoint of the stage it was in.
 """
 
 from __future__ import annotations
@@ -65,15 +64,27 @@ class Curve:
 class Trainer:
     """Runs stages over a Q-Former with an answer head; its checkpoint holds everything that the next step depends on."""
 
-    def __init__(self, qformer: QFormer, folder: Path, seed: int, word_rows: Tensor) -> None:
+    def __init__(self, qformer: QFormer, folder: Path, seed: int) -> None:
         self.qformer, self.folder, self.seed = qformer, folder, seed
         self.head = AnswerHead(qformer.config.queries, qformer.config.hidden)
-        self.word_rows = word_rows
+        self.answer_rows: Tensor | None = None
         self.curve = Curve(folder / "curve.jsonl")
         self.parameters = [*qformer.parameters(), *self.head.parameters()]
 
-    def run(self, stage: Stage, *, word_weight: float = 0.0, log_every: int = 50) -> None:
-        """Train one stage from its last checkpoint, or skip it when it is done."""
+    def run(
+        self,
+        stage: Stage,
+        *,
+        row_weight: float = 0.0,
+        log_every: int = 25,
+        save_every: int = 100,
+    ) -> None:
+        """Train one stage from its last checkpoint, or skip it when it is done.
+
+        Args:
+            stage: what to train.
+            row_weight: how much the soft prompt is pulled towards the rows that make the LLM say the answer.
+        """
         state = _State(self.folder / f"{stage.name}.pt")
         if state.done(stage.steps):
             state.load(self.qformer, self.head, None)
@@ -87,26 +98,29 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = stage.rate * _schedule(step, stage.steps)
             batch = stage.draw(step / stage.steps, rng)
-            loss, right = self.loss(batch, word_weight)
+            loss, right = self.loss(batch, row_weight)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             optimizer.step()
             meter.add(float(loss.detach()), right)
             if (step + 1) % log_every == 0:
                 self.curve.add(stage=stage.name, step=step + 1, loss=meter.loss, accuracy=meter.accuracy)
-            if (step + 1) % 400 == 0 or step + 1 == stage.steps:
+            if (step + 1) % save_every == 0 or step + 1 == stage.steps:
                 state.save(step + 1, self.qformer, self.head, optimizer)
 
-    def loss(self, batch: Batch, word_weight: float) -> tuple[Tensor, float]:
-        """Cross-entropy of the answer head, plus the distance of the soft prompt from the answer's own word embeddings."""
+    def loss(self, batch: Batch, row_weight: float) -> tuple[Tensor, float]:
+        """Cross-entropy of the answer head, plus the distance of the soft prompt from the rows of the head's own answer.
+
+        Aiming at the right answer instead would make a doubtful soft prompt the mean of two answers' rows, which is neither.
+        """
         output = replay(self.qformer, batch.text_ids, batch.text_mask, batch.banks)
         logits = self.head(output)
         loss = F.cross_entropy(logits.flatten(0, -2), batch.answers.flatten())
-        if word_weight:
-            wanted = self.word_rows[batch.answers]
-            scale = self.word_rows.pow(2).mean()
-            loss = loss + word_weight * (self.qformer.soft_prompt(output) - wanted).pow(2).mean() / scale
+        if row_weight and self.answer_rows is not None:
+            wanted = self.answer_rows[logits.argmax(-1)]
+            scale = self.answer_rows.pow(2).mean()
+            loss = loss + row_weight * (self.qformer.soft_prompt(output) - wanted).pow(2).mean() / scale
         right = float((logits.argmax(-1) == batch.answers).float().mean())
         return loss, right
 
@@ -198,3 +212,25 @@ def _progress(name: str, first: int, steps: int, meter: _Meter) -> Iterator[int]
             bar.update(task, advance=1, description=f"{name} loss {meter.loss:.3f} right {meter.accuracy:.3f}")
     rate = (steps - first) / max(time.monotonic() - started, 1e-9)
     print(f"{name}: {steps - first} steps, {rate:.2f} a second, loss {meter.loss:.3f}, right {meter.accuracy:.3f}", flush=True)
+
+
+def plot_curve(curve: Path, picture: Path) -> None:
+    """Draw loss and accuracy over the steps of all stages."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in curve.read_text().splitlines()]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
+    offset = 0
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        mine = [row for row in rows if row["stage"] == stage]
+        steps = [offset + row["step"] for row in mine]
+        for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+            axis.plot(steps, [row[name] for row in mine], label=stage)
+            axis.set(xlabel="step", ylabel=name)
+        offset = steps[-1]
+    axes[1].legend()
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,8 +76,8 @@ def load_qformer(folder: Path) -> QFormer:
     return qformer.eval()
 
 
-def _read(entry: dict[str, object], blob: bytes) -> NDArray[np.float32]:
-    shape = tuple(entry["shape"])  # type: ignore[arg-type]
-    values = np.frombuffer(blob, str(entry["dtype"]), int(np.prod(shape)), int(entry["offset"]))  # type: ignore[call-overload]
+def _read(entry: dict[str, Any], blob: bytes) -> NDArray[np.float32]:
+    shape: tuple[int, ...] = tuple(entry["shape"])
+    values = np.frombuffer(blob, entry["dtype"], math.prod(shape), entry["offset"])
     rows = values.reshape(shape).astype(np.float32)
     return np.ascontiguousarray(rows.T if entry["transposed"] else rows)

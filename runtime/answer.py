@@ -42,10 +42,11 @@ class LatencyTrace:
         return {name: round(value, 2) for name, value in asdict(self).items()}
 
     def __str__(self) -> str:
+        """The milliseconds on one line of 80 columns."""
         return (
-            f"frame {self.capture_age_ms:.0f} ms old | vision {self.vision_ms:.0f} | memory {self.memory_ms:.1f} | "
+            f"age {self.capture_age_ms:.0f} | vision {self.vision_ms:.0f} | memory {self.memory_ms:.0f} | "
             f"Q-Former {self.qformer_ms + self.step_ms:.0f} | prefill {self.prefill_ms:.0f} | "
-            f"first token {self.first_token_ms:.0f} ms | {self.tokens_per_s:.0f} tokens/s"
+            f"first token {self.first_token_ms:.0f} ms"
         )
 
 

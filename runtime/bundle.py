@@ -107,17 +107,9 @@ class Bundle:
         return path
 
     def _llm_file(self, llm: LLMInfo) -> Path:
-        if llm.package is None:
-            return self.path / llm.file  # an absolute file stays as it is
-        # Found, never imported: the package may need others, or do anything at all, when it is.
-        spec = importlib.util.find_spec(llm.package)
-        if spec is None or not spec.submodule_search_locations:
-            raise MissingModelError(
-                f"bundle {self.manifest.name} needs the language model {llm.file} of the package {llm.package}, "
-                "which is not installed.",
-                fix=_how_to_install(llm),
-            )
-        return Path(spec.submodule_search_locations[0]) / llm.file
+        if llm.package is not None:
+            return find_packaged(llm)
+        return self.path / llm.file  # an absolute file stays as it is
 
     def _check_files(self, verify: bool) -> None:
         listed = self.manifest.files
@@ -142,6 +134,22 @@ class Bundle:
                 fix=_how_to_install(llm),
             )
         return BundleError(f"{self.path / name} is missing.", fix="Restore or export the bundle again.")
+
+
+def find_packaged(llm: LLMInfo) -> Path:
+    """Where a language model that an installed package carries lies. The package is found, never imported: it may need
+    others, or do anything at all, when it is.
+
+    Raises:
+        MissingModelError: the package is not installed.
+    """
+    spec = None if llm.package is None else importlib.util.find_spec(llm.package)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingModelError(
+            f"the language model {llm.file} is in the package {llm.package}, which is not installed.",
+            fix=_how_to_install(llm),
+        )
+    return Path(spec.submodule_search_locations[0]) / llm.file
 
 
 def _shipped(name: str | Path) -> Path:

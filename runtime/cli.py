@@ -149,7 +149,7 @@ def trace(
     question = _one_of(question, prompt)
     opened = Bundle.open(bundle)
     size = opened.manifest.preprocessing
-    rate = fps or (1.0 if source.endswith(".npy") else opened.manifest.sample_fps)
+    rate = fps or (1.0 if source.lower().endswith(".npy") else opened.manifest.sample_fps)
     qformer = QFormer(opened, threads=threads or 1)
     with Source(source, size=(size.width, size.height), aspect=size.aspect, fps=rate) as frames:
         arrays = recording.record(qformer, frames, question, prompt=prompt)
@@ -210,7 +210,7 @@ def _join_commands() -> None:
     for folder in ("streams", "export"):
         try:
             found = importlib.util.find_spec(f"keepsight.{folder}.cli")
-        except ModuleNotFoundError:
+        except ImportError:
             found = None
         if found is not None:
             importlib.import_module(f"keepsight.{folder}.cli").commands(app)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from keepsight.runtime import easyvqa
 from keepsight.runtime.easyvqa import Picture
-from keepsight.runtime.scenes import PAST_KINDS, Scene, plan_scenes, past_question, render
+from keepsight.runtime.scenes import PAST_KINDS, Scene, past_question, plan_scenes, render
 from keepsight.streams import Source, write_video
 from keepsight.streams.errors import DatasetError, UsageError
 

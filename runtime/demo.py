@@ -104,11 +104,11 @@ def _perform(session: Session, clip: Path, cues: list[Cue], console: Console) ->
         watcher.wait_until(cue.time_s)
         console.print(_caption(cue))
         for question in cue.questions:
-            console.print(f"        [bold]{question.text}[/]", end=" ")
+            console.print(f"  [bold]{question.text}[/]", end=" ")
             answer = session.ask(question.text).result
             answers.append((question, answer))
             console.print(_verdict(question, answer))
-            console.print(Text(f"          {answer.trace}", style="dim"))
+            console.print(Text(f"  {answer.trace}", style="dim"))
     watcher.join(30.0)
     return answers
 

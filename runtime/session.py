@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from time import perf_counter
 from types import TracebackType
 
-
 from keepsight.runtime.answer import Answer, AnswerStream, LatencyTrace, Mode
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.llm import LLM, Segment, render, verbatim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,8 @@ class ArrayFile:
 
     def __init__(self, path: Path, view: View, timeouts: Timeouts) -> None:
         self._frames = _checked(path, _mapped(path))
+        self._lock = threading.Lock()
+        self._closed = False
         self._scaler: _Scaler | None = None
         height, width = self._frames.shape[1:3]
         self._view = view if view.size not in (None, (width, height)) else None
@@ -57,17 +60,25 @@ class ArrayFile:
         Raises:
             MissingComponentError: it must be scaled, and GStreamer is not installed.
         """
-        image: NDArray[np.uint8] | None = np.array(self._frames[index], order="C")
-        if self._view is not None and image is not None:
-            if self._scaler is None:
-                self._scaler = _Scaler(image.shape, self._view, self._timeouts)
-            image = self._scaler.scale(image)
+        stored = np.array(self._frames[index], order="C")
+        image = stored if self._view is None else self._scaled(stored, self._view)
         return None if image is None else Picture(image, 0.0, time.monotonic())
 
     def close(self) -> None:
         """Stop the scaler."""
-        if self._scaler is not None:
-            self._scaler.close()
+        with self._lock:
+            self._closed = True
+            if self._scaler is not None:
+                self._scaler.close()
+
+    def _scaled(self, image: NDArray[np.uint8], view: View) -> NDArray[np.uint8] | None:
+        with self._lock:
+            if self._closed:
+                return None
+            if self._scaler is None:
+                self._scaler = _Scaler(image.shape, view, self._timeouts)
+            scaler = self._scaler
+        return scaler.scale(image)
 
 
 class _Scaler:
@@ -79,9 +90,9 @@ class _Scaler:
         self._wait_ns = int(timeouts.first_frame_s * gst.SECOND)
         self._pipeline: Any = build(recipe_for_pictures(width, height, view))
         self._source, self._sink = (self._pipeline.get_by_name(name) for name in (ORIGIN, FRAMES))
-        self._playing, self._null = gst.State.PLAYING, gst.State.NULL
-        self._pipeline.set_state(self._playing)
+        self._null = gst.State.NULL
         self._closed = False
+        self._pipeline.set_state(gst.State.PLAYING)
 
     def scale(self, image: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
         """The picture in the view's size; None once closed."""

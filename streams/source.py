@@ -61,8 +61,8 @@ class Source(Iterator[Frame]):
     Raises:
         UsageError: an address or an option that makes no sense.
         SourceNotFoundError: no such file or device; while iterating: a host or a path that can't be reached.
-        SourceUnreadableError: empty, not a video, no video in it, no decoder, no frames in a `.npy`; while iterating: truncated (after all
-            the frames that are there).
+        SourceUnreadableError: empty, not a video, no video in it, no decoder, a `.npy` of something else; while
+            iterating: truncated (after all the frames that are there).
         NoFrameError: while iterating: no first frame in time.
         SourceLostError: while iterating: a live source ended or stalled.
         MissingComponentError: GStreamer or one of its elements is not installed.

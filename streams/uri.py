@@ -18,8 +18,8 @@ Kind = Literal["file", "test", "v4l2", "rtsp", "csi"]
 Option = int | str | Fraction
 
 SPELLINGS = (
-    "a path, file:///path, a directory of images, test://ball, v4l2:///dev/video0 or /dev/video0, csi://0, "
-    "rtsp://user:password@host/path"
+    "a path, file:///path, a directory of images, a .npy of frames, test://ball, v4l2:///dev/video0 or /dev/video0, "
+    "csi://0, rtsp://user:password@host/path"
 )
 _PLANNED = ("rtp", "webrtc", "http", "https", "rtmp", "srt", "udp")
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://(.*)$", re.DOTALL)

@@ -1,1 +1,1 @@
-
+"""Bundles that are shipped with the package."""
