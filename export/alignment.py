@@ -7,7 +7,6 @@ through the language model.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from keepsight.export.batches import Batch
 from keepsight.export.dense import replay
 from keepsight.export.language import FrozenLanguageModel
 from keepsight.export.qformer import QFormer
+from keepsight.export.train import Curve
 from keepsight.runtime.scenes import ANSWERS
 
 STEPS, RATE, RIDGE = 60, 2e-3, 0.1
@@ -61,6 +61,7 @@ def align_projection(
     optimizer = torch.optim.Adam(qformer.llm_proj.parameters(), lr=RATE)
     rng = np.random.default_rng([seed, 60])
     log.unlink(missing_ok=True)
+    curve = Curve(log)
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 3) * (1 - 0.9 * step / STEPS)
@@ -70,10 +71,7 @@ def align_projection(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        row = {"step": step + 1, "loss": float(loss.detach()), "accuracy": float(right.float().mean())}
-        with log.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"alignment: step {step + 1} of {STEPS}, loss {row['loss']:.3f}, right {row['accuracy']:.3f}", flush=True)
+        curve.report("alignment", step + 1, STEPS, float(loss.detach()), float(right.float().mean()))
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ the rows, as much as the error of that regression will, so that they forgive it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from keepsight.export.language import FrozenLanguageModel
 from keepsight.export.questions import QuestionSet
+from keepsight.export.train import Curve
 from keepsight.runtime import easyvqa
 from keepsight.runtime.scenes import ANSWERS, PAST_KINDS, past_question
 
@@ -43,6 +43,7 @@ def learn_answer_rows(language: FrozenLanguageModel, questions: QuestionSet, que
     optimizer = torch.optim.Adam([rows], lr=RATE)
     log = path.with_suffix(".jsonl")
     log.unlink(missing_ok=True)
+    curve = Curve(log)
     steps = PLAIN_STEPS + MIXED_STEPS
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -53,10 +54,7 @@ def learn_answer_rows(language: FrozenLanguageModel, questions: QuestionSet, que
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        row = {"step": step + 1, "loss": float(loss.detach()), "accuracy": float(right.float().mean())}
-        with log.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"answer rows: step {step + 1} of {steps}, loss {row['loss']:.3f}, right {row['accuracy']:.3f}", flush=True)
+        curve.report("answer rows", step + 1, steps, float(loss.detach()), float(right.float().mean()))
     found = rows.detach()
     np.save(path, found.numpy())
     return found

@@ -61,6 +61,12 @@ class Curve:
             file.write(json.dumps(row) + "\n")
 
 
+    def report(self, name: str, step: int, steps: int, loss: float, accuracy: float) -> None:
+        """Add a step and print it: for stages of few, slow steps."""
+        self.add(stage=name, step=step, loss=loss, accuracy=accuracy)
+        print(f"{name}: step {step} of {steps}, loss {loss:.3f}, right {accuracy:.3f}", flush=True)
+
+
 class Trainer:
     """Runs stages over a Q-Former with an answer head; its checkpoint holds everything that the next step depends on."""
 

@@ -65,4 +65,6 @@ def test_the_shipped_vision_graph_is_the_published_encoder(tmp_path: Path) -> No
     with torch.no_grad():
         expected = pretrained_vision()(torch.from_numpy(frames)).numpy()
     assert features.shape == (2, 49, 1280)
-    np.testing.assert_allclose(features, expected, atol=1e-3)
+    # The order of float32 sums differs by engine and threads; a flat frame has channels at a relu's edge, where that shows most.
+    np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-3)
+    assert float(np.abs(features - expected).mean()) < 1e-5
