@@ -57,7 +57,7 @@ def replay(qformer: QFormer, text_ids: Tensor, text_mask: Tensor, banks: Banks) 
 
 
 def _causal_mask(qformer: QFormer, text_mask: Tensor, steps: Tensor) -> Tensor:
-    """Additive `[B, n, 1, G, R, G R]`... as `[B n, 1, G R, G R]`: a step sees earlier live steps and itself, never padding."""
+    """Additive `[B n, 1, G R, G R]`: a row sees the rows of earlier live steps and of its own step, never padding."""
     count = steps.shape[1]
     rows = qformer.row_mask(text_mask)
     earlier = torch.tril(torch.ones(count, count, dtype=torch.bool)) & steps[:, None, :]

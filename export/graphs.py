@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from keepsight.export.onnxfile import export_onnx
-from keepsight.export.qformer import Attention, QFormer, additive
+from keepsight.export.qformer import QFormer, additive
 
 
 class VisualKV(nn.Module):
@@ -255,4 +255,4 @@ def export_qformer(
     return list(GRAPHS)
 
 
-__all__ = ["GRAPHS", "Answer", "Attention", "Prompt", "Replay", "Step", "VisualKV", "example_inputs", "export_qformer"]
+__all__ = ["GRAPHS", "Answer", "Prompt", "Replay", "Step", "VisualKV", "example_inputs", "export_qformer"]

@@ -78,6 +78,7 @@ class QFormer:
             policy=memory,
         )
         self._positions = position_policy(bundle.manifest)
+        self._visual: dict[str, NDArray[np.generic]] = {}
 
     def encode(self, images: NDArray[np.uint8]) -> Float32:
         """Features float32 `[B, N, C]` of frames uint8 `[B, H, W, 3]`, after ln_vision."""
@@ -87,6 +88,7 @@ class QFormer:
         """Put one frame's features `[N, C]` into the visual bank."""
         riders = self._engines["visual_kv"].run({"features": features})
         self.bank.append(features, time_s=time_s, riders=riders)
+        self._visual = {}
 
     def prompt(self, text: str) -> Prompt:
         """Prepare a question (already in the Q-Former's template).
@@ -124,12 +126,17 @@ class QFormer:
         return SoftPrompt(outputs["query_output"], outputs["soft_prompt"])
 
     def visual_inputs(self) -> dict[str, NDArray[np.generic]]:
-        """What `step` reads of the visual bank, the newest frame included; arrays of the bank itself, not copies."""
+        """What `step` reads of the visual bank, the newest frame included: made once a frame for all standing questions.
+
+        Keys and values are arrays of the bank itself, not copies.
+        """
         self._check_not_empty()
-        return {
-            "cross_k": self.bank.riders["cross_k"], "cross_v": self.bank.riders["cross_v"],
-            "visual_mask": self.bank.visible[0].astype(np.float32), "bucket": self._positions.step(self.bank),
-        }  # fmt: skip
+        if not self._visual:
+            self._visual = {
+                "cross_k": self.bank.riders["cross_k"], "cross_v": self.bank.riders["cross_v"],
+                "visual_mask": self.bank.visible[0].astype(np.float32), "bucket": self._positions.step(self.bank),
+            }  # fmt: skip
+        return self._visual
 
     def run(self, graph: str, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, Float32]:
         """Run one graph of the bundle."""
