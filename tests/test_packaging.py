@@ -194,3 +194,19 @@ def test_the_wheel_has_the_default_bundle_whole(wheel_names: set[str]) -> None:
     files = {f"keepsight/{path.relative_to(ROOT)}" for path in bundle.rglob("*") if path.is_file()}
     assert "keepsight/runtime/bundles/keepsight-tiny/manifest.json" in files
     assert files <= wheel_names
+
+
+def test_what_runtime_and_streams_import_is_a_dependency_without_extras() -> None:
+    """An import that only an extra brings passes here, where every extra is installed, and fails in `make demo`."""
+    required = [line for line in importlib.metadata.requires("keepsight") or [] if "extra ==" not in line]
+    names = {re.split(r"[^\w.-]", line)[0].lower().replace("-", "_") for line in required}
+    names = {"llama_cpp" if name == "llama_cpp_python" else name for name in names}
+    known = names | set(sys.stdlib_module_names) | {"keepsight", "gi"}  # gi is the system's
+    foreign = {
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for folder in ("runtime", "streams")
+        for path in (ROOT / folder).rglob("*.py")
+        for line, name in imports_of(path)
+        if name.split(".")[0] not in known
+    }
+    assert foreign == set()
