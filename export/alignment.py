@@ -22,7 +22,7 @@ from keepsight.export.qformer import QFormer
 from keepsight.export.train import Curve
 from keepsight.runtime.scenes import ANSWERS
 
-STEPS, RATE, RIDGE = 60, 2e-3, 0.1
+STEPS, RATE, RIDGE = 120, 2e-3, 0.1
 EXTRA = (0, 0, 0, 1, 1, 1)  # yes and no are most of the questions: more of each batch
 
 
@@ -44,7 +44,7 @@ def collect_outputs(qformer: QFormer, head: nn.Module, batches: Iterable[Batch])
         output = replay(qformer, batch.text_ids, batch.text_mask, batch.banks).flatten(0, 1)
         values.append(output)
         answers.append(head(output).argmax(-1))
-        questions += [question for row in batch.rows for question, _ in row]
+        questions += [asked.question for row in batch.rows for asked in row]
     return Outputs(torch.cat(values), torch.cat(answers), questions)
 
 

@@ -16,17 +16,29 @@ from keepsight.export.dense import Banks
 from keepsight.export.pools import Pools
 from keepsight.export.questions import QuestionSet, TextBatch
 from keepsight.export.streamset import Basis, labels_until
+from keepsight.runtime.scenes import Label, StreamQuestion
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`text_ids`, `text_mask` `[B, n, L]`, the banks of B streams, and answers `[B, n]` as indices into `ANSWERS`."""
+    """Questions about B streams, n about each, and what answers them.
+
+    Attributes:
+        text_ids, text_mask: `[B, n, L]`.
+        banks: what the streams remember.
+        answers: `[B, n]`, indices into `ANSWERS`.
+        rows: the questions `[B][n]`.
+        labels: (shape, color) of every scene, by stream; None for a picture whose label no question tells.
+        scenes: float32 `[B, K, scenes]`, how much of every visual token each scene is.
+    """
 
     text_ids: Tensor
     text_mask: Tensor
     banks: Banks
     answers: Tensor
-    rows: list[list[tuple[str, str]]]
+    rows: list[list[StreamQuestion]]
+    labels: list[list[Label | None]]
+    scenes: Tensor
 
 
 class PictureBatches:
@@ -34,6 +46,7 @@ class PictureBatches:
 
     def __init__(self, pools: Pools, basis: Basis, questions: QuestionSet, text: TextBatch, cache: Path) -> None:
         self.questions, self.text, self.scale = questions, text, torch.from_numpy(basis.scale)
+        self.labels: dict[Path, Label] = {picture.path: (picture.shape, picture.color) for picture in pools.pictures}
         self.paths = [*questions.stills, *(picture.path for picture in pools.pictures)]
         self.stills = _projected(basis, pools.stills[:, None], cache / "stills.npy")
         self.looks = _projected(basis, pools.held, cache / "looks.npy")
@@ -43,7 +56,8 @@ class PictureBatches:
         rows = [[self.questions.present(self.paths[index], rng) for _ in range(each)] for index in chosen]
         features = torch.stack([self._features(int(index), rng) for index in chosen])
         ids, mask, answers = self.text(rows)
-        return Batch(ids, mask, one_frame(features), answers, rows)
+        labels = [[self.labels.get(self.paths[index])] for index in chosen]
+        return Batch(ids, mask, one_frame(features), answers, rows, labels, torch.ones(*features.shape[:2], 1))
 
     def _features(self, index: int, rng: np.random.Generator) -> Tensor:
         pool, place = (self.stills, index) if index < len(self.stills) else (self.looks, index - len(self.stills))
@@ -64,7 +78,7 @@ def _projected(basis: Basis, features: NDArray[np.float16], cache: Path) -> NDAr
 def one_frame(features: Tensor) -> Banks:
     """Banks that hold one frame, `[B, N, C]`: rank 0 and age 0, bucket 1."""
     ones = torch.ones(features.shape[0], 1, 1, features.shape[1], dtype=torch.bool)
-    return Banks(features[:, None], ones, ones.to(torch.int64), ones[:, :, 0, 0])
+    return Banks(features[:, None, None], ones, ones.to(torch.int64), ones[:, :, 0, 0])
 
 
 class SnapshotBatches:
@@ -96,26 +110,55 @@ class SnapshotBatches:
         return self.batch(chosen, each, steps, rng)
 
     def batch(self, chosen: Sequence[int] | NDArray[np.int64], each: int, steps: int, rng: np.random.Generator) -> Batch:
-        rows = [self.ask(int(index), each, rng) for index in chosen]
-        ids, mask, answers = self.text(rows)
         slots = self.arrays["rank"].shape[1]
         replayed = np.append(np.sort(rng.choice(slots - 1, steps - 1, replace=False)), slots - 1)
-        return Batch(ids, mask, self._banks(np.sort(np.asarray(chosen)), np.asarray(chosen), replayed), answers, rows)
+        bank = self._read(np.asarray(chosen))
+        return self._ask_about(chosen, each, bank["shown"], self._replay_banks(bank, replayed), rng)
 
-    def ask(self, index: int, each: int, rng: np.random.Generator) -> list[tuple[str, str]]:
-        pictures, scene = self.arrays["pictures"][self.stream[index]], int(self.scene[index])
-        labels = labels_until(self.pools, pictures, scene)
-        return self.questions.about_stream(self.pools.pictures[int(pictures[scene])].path, labels, each, rng)
+    def draw_standing(self, streams: int, each: int, steps: int, scenes: tuple[int, int], rng: np.random.Generator) -> Batch:
+        """Questions that were asked at the first of `steps` moments of a stream, and stood: each moment reads its own bank.
 
-    def _banks(self, ordered: NDArray[np.int64], chosen: NDArray[np.int64], steps: NDArray[np.int64]) -> Banks:
-        back = np.searchsorted(ordered, chosen)  # memory-mapped rows are read in order
-        rank = torch.from_numpy(self.arrays["rank"][ordered][back].astype(np.int64))
-        features = torch.from_numpy(self.arrays["slots"][ordered][back].astype(np.float32)) * self.scale
-        bucket = torch.from_numpy(self.arrays["bucket"][ordered][back].astype(np.int64))
-        now = torch.from_numpy(steps)
-        bucket = bucket[:, now]
+        The moments are snapshots of one stream; at the last, which is asked about, it has had `scenes` scenes. The runtime
+        merges what a standing question remembers where it repeats itself; moments far apart do not.
+        """
+        seen = self.scene[self.mine] + 1
+        fits = (seen >= scenes[0]) & (seen <= scenes[1])
+        earlier = self.mine - np.searchsorted(self.stream, self.stream[self.mine])  # moments of the stream before this one
+        now = rng.choice(self.mine[fits & (earlier >= steps - 1)], streams, replace=False)
+        start = np.searchsorted(self.stream, self.stream[now])
+        moments = [
+            [*np.sort(rng.choice(np.arange(low, high), steps - 1, replace=False)), high]
+            for low, high in zip(start, now, strict=True)
+        ]
+        bank = self._read(np.array(moments).reshape(-1))
+        bank = {name: values.unflatten(0, (streams, steps)) for name, values in bank.items()}
+        return self._ask_about(now, each, bank["shown"][:, -1], self._standing_banks(bank), rng)
+
+    def _ask_about(
+        self, chosen: Sequence[int] | NDArray[np.int64], each: int, shown: Tensor, banks: Banks, rng: np.random.Generator
+    ) -> Batch:
+        labels = [labels_until(self.pools, self.arrays["pictures"][self.stream[index]], self.scene[index]) for index in chosen]
+        rows = [self.ask(int(index), known, each, rng) for index, known in zip(chosen, labels, strict=True)]
+        ids, mask, answers = self.text(rows)
+        return Batch(ids, mask, banks, answers, rows, [list(known) for known in labels], shown.float().flatten(1, 2))
+
+    def ask(self, index: int, labels: Sequence[Label], each: int, rng: np.random.Generator) -> list[StreamQuestion]:
+        now = int(self.arrays["pictures"][self.stream[index], self.scene[index]])
+        return self.questions.about_stream(self.pools.pictures[now].path, labels, each, rng)
+
+    def _read(self, chosen: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The stored rows of snapshots; memory-mapped files are read in order."""
+        ordered = np.sort(chosen)
+        back = np.searchsorted(ordered, chosen)
+        return {name: torch.from_numpy(self.arrays[name][ordered][back]) for name in ("rank", "slots", "bucket", "shown")}
+
+    def _replay_banks(self, bank: dict[str, Tensor], steps: NDArray[np.int64]) -> Banks:
+        rank, now = bank["rank"].long(), torch.from_numpy(steps)
         visible = (rank[:, None] >= 0) & (rank[:, None] <= now[None, :, None, None])
-        return Banks(features, visible, bucket, visible.flatten(2).any(-1))
+        features = bank["slots"].float() * self.scale
+        return Banks(features[:, None], visible, bank["bucket"].long()[:, now], visible.flatten(2).any(-1))
 
-
-
+    def _standing_banks(self, bank: dict[str, Tensor]) -> Banks:
+        """Banks of `[B, G]` moments; the last step of a replay has the positions of a moment's `step`."""
+        visible = bank["rank"] >= 0
+        return Banks(bank["slots"].float() * self.scale, visible, bank["bucket"].long()[:, :, -1], visible.flatten(2).any(-1))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from keepsight.export.hints import Watched
 from keepsight.export.qformer import MASKED, Attention, QFormer
 
 
@@ -23,7 +24,7 @@ class Banks:
     """What B streams remember, as G steps read it.
 
     Attributes:
-        features: float32 `[B, S, N, C]`.
+        features: float32 `[B, G, S, N, C]`; `[B, 1, S, N, C]` where all steps read the same, as a replay does.
         visible: bool `[B, G, S, N]`, what each step may see.
         bucket: int64 `[B, G, S, N]`, as `OrderPositions` numbers them.
         steps: bool `[B, G]`, steps that see anything; the last always does.
@@ -35,12 +36,14 @@ class Banks:
     steps: Tensor
 
 
-def replay(qformer: QFormer, text_ids: Tensor, text_mask: Tensor, banks: Banks) -> Tensor:
+def replay(
+    qformer: QFormer, text_ids: Tensor, text_mask: Tensor, banks: Banks, watched: Watched | None = None
+) -> Tensor:
     """Query outputs `[B, n, Q, H]` of the last step; `text_ids`, `text_mask` `[B, n, L]`.
 
-    With one step this is a single reading of the bank, without query bank.
+    With one step this is a single reading of the bank, without query bank. What the newest step did is added to `watched`.
     """
-    visual = _VisualReader(qformer, banks)
+    visual = _VisualReader(qformer, banks, watched)
     count = qformer.config.queries
     steps = banks.steps.shape[1]
     x = qformer.prompt_state(text_ids, text_mask)[:, :, None].expand(-1, -1, steps, -1, -1)
@@ -53,6 +56,8 @@ def replay(qformer: QFormer, text_ids: Tensor, text_mask: Tensor, banks: Banks) 
         if layer.cross is not None:
             x = visual.read(index, x)
         x = layer.query_ffn(x[..., :count, :]) if index == last else layer.feed_forward(x)
+        if watched is not None:
+            watched.queries.append(x[:, :, -1, :count])
     return x[:, :, -1, :count]
 
 
@@ -84,8 +89,8 @@ def _self_attention(attention: Attention, x: Tensor, mask: Tensor, *, only_last:
 class _VisualReader:
     """Cross-attention of all questions and steps over shared keys and values."""
 
-    def __init__(self, qformer: QFormer, banks: Banks) -> None:
-        self.qformer, self.banks = qformer, banks
+    def __init__(self, qformer: QFormer, banks: Banks, watched: Watched | None) -> None:
+        self.qformer, self.banks, self.watched = qformer, banks, watched
         config = qformer.config
         self.seen = torch.where(banks.visible.flatten(2), 0.0, MASKED)[:, :, None, None, :]
         place = banks.bucket.flatten(2) - 1
@@ -101,14 +106,19 @@ class _VisualReader:
         steps = x.shape[2]
         first = self.banks.steps.shape[1] - steps
         queries, text = x[..., :count, :], x[..., count:, :]
-        flat = self.banks.features.flatten(1, 2)[:, None]
+        flat = self.banks.features.flatten(2, 3)
+        flat = flat if flat.shape[1] == 1 else flat[:, first:]
         k = cross.key(flat) + self._positions(qformer.position_key[table], first)
         v = cross.value(flat) + self._positions(qformer.position_value[table], first)
         # [B, n, G, Q, H] -> [B, G, heads, n Q, d]: the questions of a stream are more queries over the same keys.
         together = queries.transpose(1, 2).flatten(2, 3)
-        context = F.scaled_dot_product_attention(
-            cross.split(cross.query(together)), cross.split(k), cross.split(v), self.seen[:, first:]
-        )
+        q, k, v = cross.split(cross.query(together)), cross.split(k), cross.split(v)
+        if self.watched is None:
+            context = F.scaled_dot_product_attention(q, k, v, self.seen[:, first:])
+        else:
+            share = torch.softmax(q @ k.transpose(-1, -2) / float(q.shape[-1]) ** 0.5 + self.seen[:, first:], dim=-1)
+            self.watched.attention.append(share[:, -1].unflatten(2, (x.shape[1], count)))
+            context = share @ v
         read = cross.finish(context, together).unflatten(2, (x.shape[1], count)).transpose(1, 2)
         return torch.cat([read, text], dim=-2)
 

@@ -126,8 +126,8 @@ class QFormer(nn.Module):
         self.position_value = nn.Parameter(torch.zeros(table))
         self.apply(_initialise)
         nn.init.normal_(self.query_tokens, std=0.5)
-        nn.init.normal_(self.position_key, std=0.1)
-        nn.init.normal_(self.position_value, std=0.1)
+        for positions in (self.position_key, self.position_value):
+            positions.data.copy_(sinusoids(config).expand(table))
 
     def layer(self, index: int) -> QFormerLayer:
         return cast(QFormerLayer, self.layers[index])
@@ -206,6 +206,29 @@ class QFormer(nn.Module):
     def soft_prompt(self, query_output: Tensor) -> Tensor:
         """Rows for the LLM: `[..., Q, H]` to `[..., Q, n_embd]`."""
         return cast(Tensor, self.llm_proj(query_output))
+
+
+def sinusoids(config: QFormerConfig) -> Tensor:
+    """Position tables before training, `[position_rows, H]`.
+
+    Every head has waves of the rank in one half of its channels and of the age in the other, so that to look one scene
+    further back is the same turn of a query wherever it starts, and need not be learnt place by place.
+    """
+    table = torch.zeros(config.position_rows, config.hidden)
+    half = config.hidden // config.heads // 2
+    for head in range(config.heads):
+        start = head * 2 * half
+        table[: config.slots, start : start + half] = _waves(config.slots, half)
+        table[config.slots :, start + half : start + 2 * half] = _waves(config.time_buckets, half)
+    return table
+
+
+def _waves(count: int, channels: int) -> Tensor:
+    """Sines and cosines of 0..count-1, wavelengths in a geometric row from 4 to twice the count: `[count, channels]`."""
+    pairs = max(1, channels // 2)
+    length = 4 * (max(count, 2) / 2) ** torch.linspace(0, 1, pairs)
+    angle = 2 * torch.pi * torch.arange(count)[:, None] / length
+    return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :channels]
 
 
 def additive(mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ class _Walk:
     features: NDArray[np.float16]
     scene: NDArray[np.int64]
     settled: NDArray[np.bool_]  # a held frame, not the first of its scene
+    shown: NDArray[np.float32]  # [frames, MAX_SCENES], how much of a frame each scene is; each row adds up to 1
 
 
 def _walk(pools: Pools, rng: np.random.Generator, scenes: int) -> _Walk:
@@ -80,12 +82,14 @@ def _walk(pools: Pools, rng: np.random.Generator, scenes: int) -> _Walk:
     parts: list[NDArray[np.float16]] = []
     scene_of: list[int] = []
     settled: list[bool] = []
+    leaving: list[float] = []
     for place in range(scenes):
         current = chosen[place]
         hold = int(rng.integers(HOLD_FRAMES[0], HOLD_FRAMES[1] + 1))
         parts.append(pools.held[current][_looks(rng, hold)])
         scene_of += [place] * hold
         settled += [False] + [True] * (hold - 1)
+        leaving += [0.0] * hold
         if place + 1 < scenes and rng.random() < FADE_SHARE:
             rank = int(rng.integers(SUCCESSORS))
             other = int(pools.successors[current, rank])
@@ -98,7 +102,17 @@ def _walk(pools: Pools, rng: np.random.Generator, scenes: int) -> _Walk:
                 parts.append(fade)
                 scene_of += [place] * len(fade)
                 settled += [False] * len(fade)
-    return _Walk(chosen, np.concatenate(parts), np.array(scene_of), np.array(settled))
+                leaving += [(step + 1) / (len(fade) + 1) for step in range(len(fade))]
+    return _Walk(chosen, np.concatenate(parts), np.array(scene_of), np.array(settled), _shares(scene_of, leaving))
+
+
+def _shares(scene_of: Sequence[int], leaving: Sequence[float]) -> NDArray[np.float32]:
+    """`[frames, MAX_SCENES]`: each frame shows its scene, but for the share that already is the next one's."""
+    shown = np.zeros((len(scene_of), MAX_SCENES + 1), np.float32)
+    frames = np.arange(len(scene_of))
+    shown[frames, scene_of] = 1 - np.array(leaving)
+    shown[frames, np.array(scene_of) + 1] = leaving
+    return shown[:, :MAX_SCENES]
 
 
 def _looks(rng: np.random.Generator, count: int) -> list[int]:
@@ -126,6 +140,7 @@ class BankShape:
         return self.length + 1
 
 
+_RIDERS = {"basis": Rider(1, BASIS), "shown": Rider(1, MAX_SCENES)}
 _context: tuple[Pools, Basis, BankShape, int] | None = None
 
 
@@ -141,17 +156,19 @@ def _stream(index: int, whole: bool) -> dict[str, Any]:
     rng = np.random.default_rng([seed, 10 + whole, index])
     walk = _walk(pools, rng, MAX_SCENES)
     projected = basis.project(walk.features)
-    bank = MemoryBank(length=shape.length, tokens=TOKENS, channels=CHANNELS, riders={"basis": Rider(1, BASIS)})
+    bank = MemoryBank(length=shape.length, tokens=TOKENS, channels=CHANNELS, riders=_RIDERS)
     positions = OrderPositions(shape.slots, shape.time_buckets)
     wanted = set(rng.choice(np.flatnonzero(walk.settled), SNAPSHOTS, replace=False).tolist())
     rows: dict[str, list[Any]] = {}
     for frame, features in enumerate(walk.features):
-        bank.append(features.astype(np.float32), time_s=frame * FRAME_S, riders={"basis": projected[frame]})
+        riders = {"basis": projected[frame], "shown": np.tile(walk.shown[frame], (TOKENS, 1))}
+        bank.append(features.astype(np.float32), time_s=frame * FRAME_S, riders=riders)
         if whole:
             _record(rows, merge=bank.last_merge[0], rank=bank.rank_of_slot[0], size=bank.sizes[0], bucket=positions.step(bank))
         elif frame in wanted:
-            slots = bank.riders["basis"][0].astype(np.float16)
-            _record(rows, slots=slots, rank=bank.rank_of_slot[0], bucket=positions.replay(bank), scene=walk.scene[frame])
+            slots, shown = (bank.riders[name][0].astype(np.float16) for name in ("basis", "shown"))
+            bucket, scene = positions.replay(bank), walk.scene[frame]
+            _record(rows, slots=slots, shown=shown, rank=bank.rank_of_slot[0], bucket=bucket, scene=scene)
     if whole:
         rows |= {"features": list(projected.astype(np.float16)), "scene": list(walk.scene), "settled": list(walk.settled)}
     rows["pictures"] = walk.pictures
@@ -164,8 +181,8 @@ def _record(rows: dict[str, list[Any]], **values: Any) -> None:
 
 
 _KINDS: dict[str, Any] = {
-    "slots": np.float16, "features": np.float16, "rank": np.int8, "bucket": np.int16, "merge": np.int8, "size": np.int16,
-    "scene": np.int16, "settled": np.bool_,
+    "slots": np.float16, "shown": np.float16, "features": np.float16, "rank": np.int8, "bucket": np.int16, "merge": np.int8,
+    "size": np.int16, "scene": np.int16, "settled": np.bool_,
 }  # fmt: skip
 
 

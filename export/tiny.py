@@ -29,7 +29,9 @@ MEMORY_LENGTH = 10
 TIME_BUCKETS = 32
 HIDDEN, LAYERS, HEADS, QUERIES, MAX_TEXT = 128, 6, 4, 8, 64
 STREAMS, HELD_OUT = 1000, 40
-PICTURE_STEPS, READING_STEPS, REPLAY_STEPS = 600, 1600, 2400
+PICTURE_STEPS, READING_STEPS, MODES_STEPS = 1600, 9000, 2500
+RATE, MODES_RATE = 6e-4, 4e-4
+HINT_WEIGHT, ROW_WEIGHT = 1.0, 2.0
 
 
 class _Data:
@@ -78,9 +80,9 @@ def train_tiny(work: Path, out: Path, *, seed: int, threads: int | None) -> None
         language = FrozenLanguageModel(gguf, deployed, CHATML)
         rows = learn_answer_rows(language, data.questions, QUERIES, work / "answer-rows.npy", seed)
         for stage in _perception_stages(data):
-            trainer.run(stage)
+            trainer.run(stage, hint_weight=HINT_WEIGHT)
         trainer.answer_rows = rows
-        trainer.run(_replay_stage(data), row_weight=2.0)
+        trainer.run(_modes_stage(data), row_weight=ROW_WEIGHT, hint_weight=HINT_WEIGHT)
         outputs = collect_outputs(qformer, trainer.head, _samples(data, seed))
         align_projection(qformer, outputs, rows, language, work / "alignment.jsonl", seed)
     report = trainer.accuracy(_held_out(data, seed))
@@ -95,43 +97,46 @@ def train_tiny(work: Path, out: Path, *, seed: int, threads: int | None) -> None
 
 
 def _perception_stages(data: _Data) -> list[Stage]:
-    """Pictures first, then banks read once, streams lengthening over the first half."""
+    """Pictures until they are known; then banks, read once, of streams that lengthen over the first third."""
 
     def reading(share: float, rng: np.random.Generator) -> Batch:
         if rng.random() < 0.15:
-            return data.pictures.draw(48, 4, rng)
-        return data.streams.draw(24, 8, 1, (1, _longest(3, share / 0.5)), rng)
+            return data.pictures.draw(16, 4, rng)
+        return data.streams.draw(8, 8, 1, (1, _longest(6, share / 0.3)), rng)
 
     return [
-        Stage("pictures", PICTURE_STEPS, 1.5e-3, lambda share, rng: data.pictures.draw(48, 4, rng)),
-        Stage("reading", READING_STEPS, 1.5e-3, reading),
+        Stage("pictures", PICTURE_STEPS, RATE, lambda share, rng: data.pictures.draw(16, 4, rng)),
+        Stage("reading", READING_STEPS, RATE, reading),
     ]
 
 
-def _replay_stage(data: _Data) -> Stage:
-    """Replays of a few steps or of all, while the soft prompt learns the rows that make the LLM say the answer."""
+def _modes_stage(data: _Data) -> Stage:
+    """Both ways to ask, replay and standing, while the soft prompt learns the rows that make the LLM say the answer."""
 
-    def replay(share: float, rng: np.random.Generator) -> Batch:
+    def modes(share: float, rng: np.random.Generator) -> Batch:
         kind = rng.random()
         if kind < 0.15:
             return data.pictures.draw(16, 4, rng)
-        if kind < 0.5:
+        if kind < 0.3:
             return data.streams.draw(8, 8, 1, (1, MAX_SCENES), rng)
-        steps = int(rng.choice([3, 5, MEMORY_LENGTH + 1], p=[0.45, 0.45, 0.10]))
-        longest = MAX_SCENES if rng.random() < 0.5 else MEMORY_LENGTH + 1
-        return data.streams.draw(6, 8, steps, (1, longest), rng)
+        if kind < 0.65:
+            return data.streams.draw_standing(6, 8, int(rng.integers(2, 5)), (2, MAX_SCENES), rng)
+        steps = int(rng.choice([3, 5, MEMORY_LENGTH + 1], p=[0.5, 0.4, 0.1]))
+        return data.streams.draw(6, 8, steps, (1, MAX_SCENES), rng)
 
-    return Stage("replay", REPLAY_STEPS, 7e-4, replay)
+    return Stage("modes", MODES_STEPS, MODES_RATE, modes)
 
 
 def _samples(data: _Data, seed: int) -> Iterator[Batch]:
-    """Pictures and whole replays in turn, about 7,000 questions."""
-    for index in range(90):
+    """Pictures, whole replays and standing questions in turn, about 7,000 questions."""
+    for index in range(120):
         rng = np.random.default_rng([seed, 77, index])
-        if index % 2:
-            yield data.pictures.draw(24, 4, rng)
-        else:
+        if index % 3 == 0:
+            yield data.pictures.draw(16, 4, rng)
+        elif index % 3 == 1:
             yield data.streams.draw(8, 8, MEMORY_LENGTH + 1, (1, MAX_SCENES), rng)
+        else:
+            yield data.streams.draw_standing(8, 8, 4, (4, MAX_SCENES), rng)
 
 
 def _longest(start: int, share: float) -> int:

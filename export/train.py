@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from keepsight.export.batches import Batch
 from keepsight.export.dense import replay
+from keepsight.export.hints import Hints, HintTargets, Watched, hint_targets
 from keepsight.export.qformer import QFormer
 from keepsight.runtime.scenes import ANSWERS
 
@@ -60,6 +61,11 @@ class Curve:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what a stage wrote after `step`, from where it is resumed."""
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        self.rows = [row for row in rows if row["stage"] != stage or row["step"] <= step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def report(self, name: str, step: int, steps: int, loss: float, accuracy: float) -> None:
         """Add a step and print it: for stages of few, slow steps."""
@@ -73,15 +79,18 @@ class Trainer:
     def __init__(self, qformer: QFormer, folder: Path, seed: int) -> None:
         self.qformer, self.folder, self.seed = qformer, folder, seed
         self.head = AnswerHead(qformer.config.queries, qformer.config.hidden)
+        self.hints = Hints(qformer.config.hidden, qformer.config.layers, qformer.config.time_buckets)
         self.answer_rows: Tensor | None = None
+        self._modules = {"qformer": qformer, "head": self.head, "hints": self.hints}
         self.curve = Curve(folder / "curve.jsonl")
-        self.parameters = [*qformer.parameters(), *self.head.parameters()]
+        self.parameters = [*qformer.parameters(), *self.head.parameters(), *self.hints.parameters()]
 
     def run(
         self,
         stage: Stage,
         *,
         row_weight: float = 0.0,
+        hint_weight: float = 0.0,
         log_every: int = 25,
         save_every: int = 100,
     ) -> None:
@@ -90,21 +99,23 @@ class Trainer:
         Args:
             stage: what to train.
             row_weight: how much the soft prompt is pulled towards the rows that make the LLM say the answer.
+            hint_weight: how much the hints' losses count.
         """
         state = _State(self.folder / f"{stage.name}.pt")
         if state.done(stage.steps):
-            state.load(self.qformer, self.head, None)
+            state.load(self._modules, None)
             return
         optimizer = torch.optim.AdamW(self.parameters, lr=stage.rate, weight_decay=0.02, betas=(0.9, 0.98))
-        first = state.load(self.qformer, self.head, optimizer)
+        first = state.load(self._modules, optimizer)
+        self.curve.rewind(stage.name, first)
         meter = _Meter()
         self.qformer.train()
         for step in _progress(stage.name, first, stage.steps, meter):
-            rng = np.random.default_rng([self.seed, len(stage.name), step])
+            rng = np.random.default_rng([self.seed, *stage.name.encode(), step])
             for group in optimizer.param_groups:
                 group["lr"] = stage.rate * _schedule(step, stage.steps)
             batch = stage.draw(step / stage.steps, rng)
-            loss, right = self.loss(batch, row_weight)
+            loss, right = self.loss(batch, row_weight, hint_weight)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -113,16 +124,19 @@ class Trainer:
             if (step + 1) % log_every == 0:
                 self.curve.add(stage=stage.name, step=step + 1, loss=meter.loss, accuracy=meter.accuracy)
             if (step + 1) % save_every == 0 or step + 1 == stage.steps:
-                state.save(step + 1, self.qformer, self.head, optimizer)
+                state.save(step + 1, self._modules, optimizer)
 
-    def loss(self, batch: Batch, row_weight: float) -> tuple[Tensor, float]:
-        """Cross-entropy of the answer head, plus the distance of the soft prompt from the rows of the head's own answer.
+    def loss(self, batch: Batch, row_weight: float, hint_weight: float) -> tuple[Tensor, float]:
+        """Cross-entropy of the answer head, plus hints, plus how far the soft prompt is from the rows of the head's own answer.
 
         Aiming at the right answer instead would make a doubtful soft prompt the mean of two answers' rows, which is neither.
         """
-        output = replay(self.qformer, batch.text_ids, batch.text_mask, batch.banks)
+        watched = Watched([], []) if hint_weight else None
+        output = replay(self.qformer, batch.text_ids, batch.text_mask, batch.banks, watched)
         logits = self.head(output)
         loss = F.cross_entropy(logits.flatten(0, -2), batch.answers.flatten())
+        if watched is not None:
+            loss = loss + hint_weight * self.hints(watched, self.hint_targets(batch))
         if row_weight and self.answer_rows is not None:
             wanted = self.answer_rows[logits.argmax(-1)]
             scale = self.answer_rows.pow(2).mean()
@@ -130,30 +144,26 @@ class Trainer:
         right = float((logits.argmax(-1) == batch.answers).float().mean())
         return loss, right
 
+    def hint_targets(self, batch: Batch) -> HintTargets:
+        """What the newest step is to see and notice."""
+        config = self.qformer.config
+        age = (batch.banks.bucket[:, -1].flatten(1) - 1).clamp(min=0) % config.time_buckets
+        return hint_targets(
+            batch.rows, batch.labels, batch.scenes, age, queries=config.queries, ages=config.time_buckets
+        )
+
     @torch.no_grad()
     def accuracy(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """Share of right answers by the first word(s) of the question, of the head alone."""
+        """Share of right answers by kind of question, of the head alone."""
         self.qformer.eval()
         hits: dict[str, list[bool]] = {}
         for batch in batches:
             guess = self.head(replay(self.qformer, batch.text_ids, batch.text_mask, batch.banks)).argmax(-1)
             for row, right in zip(batch.rows, (guess == batch.answers).tolist(), strict=True):
-                for (question, _), hit in zip(row, right, strict=True):
-                    hits.setdefault(kind_of(question), []).append(hit)
+                for asked, hit in zip(row, right, strict=True):
+                    hits.setdefault(asked.kind, []).append(hit)
         self.qformer.train()
         return {kind: float(np.mean(values)) for kind, values in sorted(hits.items())}
-
-
-def kind_of(question: str) -> str:
-    """The kind of a generated question, read off its wording; "present" for the data set's own."""
-    marks = {
-        "first": " first", "previous": ("last but one", "before this"), "before": "before the", "after": "after the",
-        "ever": ("ever", "has there"), "count": "how many",
-    }  # fmt: skip
-    for kind, words in marks.items():
-        if any(word in question for word in ((words,) if isinstance(words, str) else words)):
-            return kind
-    return "present"
 
 
 class _Meter:
@@ -178,25 +188,21 @@ class _State:
     def done(self, steps: int) -> bool:
         return self.path.exists() and int(torch.load(self.path, weights_only=True)["step"]) >= steps
 
-    def load(self, qformer: QFormer, head: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
+    def load(self, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None) -> int:
+        """Fill `modules` (and the optimizer) from the checkpoint, if there is one; the steps that are done."""
         if not self.path.exists():
             return 0
         saved = torch.load(self.path, weights_only=True)
-        qformer.load_state_dict(saved["qformer"])
-        head.load_state_dict(saved["head"])
+        for name, module in modules.items():
+            module.load_state_dict(saved[name])
         if optimizer is not None:
             optimizer.load_state_dict(saved["optimizer"])
         return int(saved["step"])
 
-    def save(self, step: int, qformer: QFormer, head: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, step: int, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
         partial = self.path.with_suffix(".partial")
-        torch.save(
-            {
-                "step": step, "qformer": qformer.state_dict(), "head": head.state_dict(),
-                "optimizer": optimizer.state_dict(), "config": asdict(qformer.config),
-            },
-            partial,
-        )  # fmt: skip
+        state = {name: module.state_dict() for name, module in modules.items()}
+        torch.save(state | {"step": step, "optimizer": optimizer.state_dict()}, partial)
         partial.rename(self.path)
 
 

@@ -69,6 +69,7 @@ def ask(
     from keepsight.runtime.watch import watch_until
 
     question = _one_of(question, prompt)
+    _refuse_missing(source)
     with _session(bundle, memory, threads) as session:
         put = session.stand(question, prompt=prompt) if mode == "standing" else question
         with session.source(source) as frames:
@@ -93,6 +94,7 @@ def run(
     """Watch live and answer what you type; Ctrl-C or Ctrl-D leaves."""
     from keepsight.runtime.watch import converse
 
+    _refuse_missing(source)
     with _session(bundle, memory, threads) as session:
         converse(session, source)
 
@@ -178,6 +180,13 @@ def _one_of(question: str | None, prompt: str | None) -> str:
     if (question is None) == (prompt is None):
         raise UsageError("Give a question or --prompt, one of them.")
     return cast(str, question if prompt is None else prompt)
+
+
+def _refuse_missing(source: str) -> None:
+    """Say so at once if a source is not there, before a model is loaded for it."""
+    from keepsight.streams import Source
+
+    Source(source).close()
 
 
 def _session(bundle: str, memory: MemoryName, threads: int | None) -> Session:

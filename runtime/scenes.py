@@ -39,11 +39,18 @@ class Scene:
 
 @dataclass(frozen=True)
 class StreamQuestion:
-    """A question about a stream, asked at its end."""
+    """A question about a stream, asked at its end.
+
+    Attributes:
+        evidence: the scenes that show the answer; none where it is that something was not there, or a number.
+        referent: the scenes that the question points at: the one before which, the ones that are like what is asked for.
+    """
 
     kind: str
     question: str
     answer: str
+    evidence: tuple[int, ...] = ()
+    referent: tuple[int, ...] = ()
 
 
 def frame_count(scenes: Sequence[Scene]) -> int:
@@ -126,8 +133,7 @@ Label = tuple[str, str]
 
 def past_question(kind: str, labels: Sequence[Label], rng: np.random.Generator) -> StreamQuestion | None:
     """A question of this kind about a stream whose scenes show `labels` (shape, color), or None if none can be asked."""
-    made = _MAKERS[kind](labels, rng)
-    return None if made is None else StreamQuestion(kind, *made)
+    return _MAKERS[kind](labels, rng)
 
 
 def _pick(rng: np.random.Generator, *texts: str) -> str:
@@ -140,21 +146,24 @@ def _attribute(label: Label, rng: np.random.Generator) -> tuple[str, str]:
     return ("shape", "color")[which], label[which]
 
 
-def _first(labels: Sequence[Label], rng: np.random.Generator) -> tuple[str, str] | None:
+def _first(labels: Sequence[Label], rng: np.random.Generator) -> StreamQuestion | None:
     if len(labels) < 2:
         return None
     name, answer = _attribute(labels[0], rng)
-    return _pick(rng, f"what {name} was first?", f"what was the first {name}?"), answer
+    question = _pick(rng, f"what {name} was first?", f"what was the first {name}?")
+    return StreamQuestion("first", question, answer, evidence=(0,), referent=(0,))
 
 
-def _previous(labels: Sequence[Label], rng: np.random.Generator) -> tuple[str, str] | None:
+def _previous(labels: Sequence[Label], rng: np.random.Generator) -> StreamQuestion | None:
     if len(labels) < 2:
         return None
     name, answer = _attribute(labels[-2], rng)
-    return _pick(rng, f"what {name} was last but one?", f"what {name} was right before this one?"), answer
+    question = _pick(rng, f"what {name} was last but one?", f"what {name} was right before this one?")
+    newest = len(labels) - 1
+    return StreamQuestion("previous", question, answer, evidence=(newest - 1,), referent=(newest,))
 
 
-def _neighbour(labels: Sequence[Label], rng: np.random.Generator, step: int) -> tuple[str, str] | None:
+def _neighbour(labels: Sequence[Label], rng: np.random.Generator, step: int) -> StreamQuestion | None:
     """Ask for the scene `step` (-1 or +1) beside one whose label occurs once."""
     places = [
         place
@@ -170,33 +179,37 @@ def _neighbour(labels: Sequence[Label], rng: np.random.Generator, step: int) -> 
     question = _pick(
         rng, f"what {name} came right {word} the {color} {shape}?", f"what {name} was {word} the {color} {shape}?"
     )
-    return question, answer
+    return StreamQuestion(word, question, answer, evidence=(place + step,), referent=(place,))
 
 
-def _ever(labels: Sequence[Label], rng: np.random.Generator) -> tuple[str, str] | None:
+def _ever(labels: Sequence[Label], rng: np.random.Generator) -> StreamQuestion | None:
     """Yes and no equally often wherever both can be asked."""
-    things: dict[str, bool] = {}
+    things: dict[str, list[int]] = {}
     style = rng.integers(3)
+    shown = list(enumerate(labels))
     if style == 0:
-        things = {shape: any(shape == label[0] for label in labels) for shape in SHAPES}
+        things = {shape: [place for place, label in shown if label[0] == shape] for shape in SHAPES}
     elif style == 1:
-        things = {f"{color} shape": any(color == label[1] for label in labels) for color in COLORS}
+        things = {f"{color} shape": [place for place, label in shown if label[1] == color] for color in COLORS}
     else:
-        things = {f"{color} {shape}": (shape, color) in labels for shape in SHAPES for color in COLORS}
+        pairs = [(shape, color) for shape in SHAPES for color in COLORS]
+        things = {f"{pair[1]} {pair[0]}": [place for place, label in shown if label == pair] for pair in pairs}
     wanted = bool(rng.integers(2))
-    choice = [thing for thing, seen in things.items() if seen == wanted]
+    choice = [thing for thing, places in things.items() if bool(places) == wanted]
     if not choice:
         return None
     thing = choice[rng.integers(len(choice))]
     question = _pick(rng, f"was there ever a {thing}?", f"has there been a {thing}?")
-    return question, "yes" if wanted else "no"
+    places = tuple(things[thing])
+    return StreamQuestion("ever", question, "yes" if wanted else "no", evidence=places, referent=places)
 
 
-def _count(labels: Sequence[Label], rng: np.random.Generator) -> tuple[str, str] | None:
+def _count(labels: Sequence[Label], rng: np.random.Generator) -> StreamQuestion | None:
     which = int(rng.integers(2))
     name = ("shapes", "colors")[which]
     number = len({label[which] for label in labels})
-    return _pick(rng, f"how many different {name} were there?", f"how many {name} were there?"), COUNT_WORDS[number - 1]
+    question = _pick(rng, f"how many different {name} were there?", f"how many {name} were there?")
+    return StreamQuestion("count", question, COUNT_WORDS[number - 1])
 
 
 _MAKERS = {

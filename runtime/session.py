@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -354,12 +353,7 @@ def load_llm(bundle: Bundle, threads: int | None = None) -> LLM:
     path = bundle.llm_path()
     if info.quantise is not None:
         path = requantised(path, kind=info.quantise)
-    return LLM(path, n_threads=threads or usable_cores())
+    return LLM(path, n_threads=threads)
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-__all__ = ["Answer", "FrameCost", "Session", "Standing", "Watcher", "load_llm", "usable_cores"]
+__all__ = ["Answer", "FrameCost", "Session", "Standing", "Watcher", "load_llm"]

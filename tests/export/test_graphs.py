@@ -160,7 +160,7 @@ def test_the_training_form_of_replay_equals_the_graph(bundle, qformer):
             ids,
             mask,
             dense.Banks(
-                features=torch.from_numpy(np.array([bank.features[0] for bank in banks])),
+                features=torch.from_numpy(np.array([bank.features for bank in banks])),
                 visible=torch.from_numpy((rank[:, None] >= 0) & (rank[:, None] <= now)),
                 bucket=torch.from_numpy(bucket.astype(np.int64)),
                 steps=torch.from_numpy(steps > 0),
@@ -188,7 +188,7 @@ def test_the_training_form_with_one_step_is_a_reading_without_query_bank(qformer
     with torch.no_grad():
         places = torch.from_numpy(bucket)
         one = torch.ones(1, 1, dtype=torch.bool)
-        got = dense.replay(qformer, ids, mask, dense.Banks(features, visible[:, None], places.long()[None, None], one))
+        got = dense.replay(qformer, ids, mask, dense.Banks(features[:, None], visible[:, None], places.long()[None, None], one))
         cross_k, cross_v = qformer.cross_kv(features[0])
         seen = visible[0].to(torch.float32)
         for n in range(2):
@@ -279,3 +279,29 @@ def test_the_same_weights_give_the_same_bytes(tmp_path):
     names = sorted(path.name for path in first.iterdir())
     assert names == sorted(path.name for path in second.iterdir())
     assert [name for name in names if (first / name).read_bytes() != (second / name).read_bytes()] == []
+
+
+def test_the_training_form_of_a_standing_question_is_a_chain_of_steps(qformer):
+    """Three moments of one stream; fewer than the query bank holds, so that nothing is merged."""
+    moments = [remembered(frames, 8) for frames in (2, LENGTH + 2, 3 * LENGTH)]
+    buckets = [OrderPositions(SLOTS, qformer.config.time_buckets).step(bank) for bank in moments]
+    ids, mask = two_questions(qformer, 1)
+    config, rows = qformer.config, qformer.config.queries + ids.shape[-1]
+    visible, places = torch.from_numpy(np.array([bank.visible[0] for bank in moments])), torch.from_numpy(np.array(buckets))
+    features = torch.from_numpy(np.array([bank.features[0] for bank in moments]))
+    with torch.no_grad():
+        every = torch.ones(1, 3, dtype=torch.bool)
+        got = dense.replay(qformer, ids, mask, dense.Banks(features[None], visible[None], places.long()[None], every))
+        for n in range(2):
+            state = qformer.prompt_state(ids[0, n], mask[0, n])
+            keys, values = (torch.zeros(config.layers - 1, SLOTS, rows, config.hidden) for _ in range(2))
+            hidden = torch.zeros(config.layers - 1, SLOTS, rows)
+            for moment, slot_features in enumerate(features):
+                cross_k, cross_v = qformer.cross_kv(slot_features)
+                seen = visible[moment].to(torch.float32)
+                earlier = (keys[-1].clone(), values[-1].clone(), hidden[-1].clone())
+                x, k, v = Step(qformer)(state, cross_k, cross_v, seen, places[moment], keys, values, hidden, mask[0, n])
+                keys[:, moment], values[:, moment], hidden[:, moment] = k, v, qformer.row_mask(mask[0, n])
+            visual = (cross_k[-1], cross_v[-1], seen, places[-1]) if config.layers - 1 in config.cross_layers else ()
+            output, _ = Answer(qformer)(x[-1], k[-1], v[-1], *earlier, mask[0, n], *visual)
+            assert (got[0, n] - output).abs().max() < CLOSE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,11 @@ from keepsight.export.alignment import _least_squares
 from keepsight.export.answerrows import _mixed
 from keepsight.export.batches import Batch, one_frame
 from keepsight.export.qformer import QFormer, QFormerConfig
-from keepsight.export.train import Stage, Trainer, kind_of, plot_curve
-from keepsight.runtime.scenes import ANSWERS, PAST_KINDS, past_question
+from keepsight.export.train import Stage, Trainer, plot_curve
+from keepsight.runtime.scenes import ANSWERS, Label, StreamQuestion
 
 CONFIG = QFormerConfig(
-    hidden=16, layers=2, heads=2, ffn=32, channels=12, queries=2, vocab=9, max_text=8, n_embd=10, slots=3, time_buckets=4
+    hidden=16, layers=4, heads=2, ffn=32, channels=12, queries=2, vocab=9, max_text=8, n_embd=10, slots=3, time_buckets=4
 )
 
 
@@ -24,8 +25,11 @@ def _draw(share: float, rng: np.random.Generator) -> Batch:
     features = torch.from_numpy(rng.normal(size=(3, 5, 12)).astype(np.float32))
     text = torch.from_numpy(rng.integers(9, size=(3, 2, 6)))
     answers = torch.from_numpy(rng.integers(len(ANSWERS), size=(3, 2)))
-    rows = [[("?", ANSWERS[int(index)]) for index in row] for row in answers]
-    return Batch(text, torch.ones(3, 2, 6), one_frame(features), answers, rows)
+    rows = [
+        [StreamQuestion("present", "is there a red shape?", ANSWERS[int(index)], (0,), (0,)) for index in row] for row in answers
+    ]
+    labels: list[list[Label | None]] = [[("circle", "red")], [None], [("triangle", "blue")]]
+    return Batch(text, torch.ones(3, 2, 6), one_frame(features), answers, rows, labels, torch.ones(3, 5, 1))
 
 
 def _trainer(folder: Path) -> Trainer:
@@ -38,7 +42,7 @@ def _trainer(folder: Path) -> Trainer:
 
 def test_an_interrupted_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
     whole = _trainer(tmp_path / "whole")
-    whole.run(Stage("one", 6, 1e-2, _draw), row_weight=1.0, save_every=2)
+    whole.run(Stage("one", 6, 1e-2, _draw), row_weight=1.0, hint_weight=0.3, save_every=2, log_every=1)
 
     def broken(share: float, rng: np.random.Generator) -> Batch:
         if share >= 5 / 6:
@@ -47,11 +51,13 @@ def test_an_interrupted_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> N
 
     first = _trainer(tmp_path / "parts")
     with pytest.raises(KeyboardInterrupt):
-        first.run(Stage("one", 6, 1e-2, broken), row_weight=1.0, save_every=2)
+        first.run(Stage("one", 6, 1e-2, broken), row_weight=1.0, hint_weight=0.3, save_every=2, log_every=1)
     torch.manual_seed(99)
     resumed = Trainer(QFormer(CONFIG), tmp_path / "parts", seed=3)
     resumed.answer_rows = whole.answer_rows
-    resumed.run(Stage("one", 6, 1e-2, _draw), row_weight=1.0, save_every=2)
+    resumed.run(Stage("one", 6, 1e-2, _draw), row_weight=1.0, hint_weight=0.3, save_every=2, log_every=1)
+    rows = [json.loads(line) for line in (tmp_path / "parts" / "curve.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]  # step 5 was done twice, and is told once
     for name, value in whole.qformer.state_dict().items():
         torch.testing.assert_close(resumed.qformer.state_dict()[name], value, atol=1e-6, rtol=1e-5)
 
@@ -64,16 +70,6 @@ def test_training_lowers_the_loss_and_its_curve_is_drawn(tmp_path: Path) -> None
     assert len(losses) == 6 and losses[-1] < 0.5 * losses[0]
     plot_curve(tmp_path / "run" / "curve.jsonl", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_generated_question_is_filed_under_its_kind() -> None:
-    rng = np.random.default_rng(0)
-    labels = [("circle", "red"), ("triangle", "blue"), ("rectangle", "teal"), ("circle", "gray")]
-    for kind in PAST_KINDS:
-        for _ in range(20):
-            made = past_question(kind, labels, rng)
-            assert made is None or kind_of(made.question) == kind
-    assert kind_of("does the image contain a red shape?") == "present"
 
 
 def test_least_squares_finds_a_projection_that_is_there() -> None:

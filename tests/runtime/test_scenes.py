@@ -105,6 +105,29 @@ def test_answers_agree_with_a_reading_of_the_question(kind: str) -> None:
     assert asked > 30
 
 
+@pytest.mark.parametrize("kind", PAST_KINDS)
+def test_the_evidence_of_a_question_shows_its_answer(kind: str) -> None:
+    rng = np.random.default_rng(11)
+    for seed in range(60):
+        scenes = plan_scenes(PICTURES, 2 + seed % 10, np.random.default_rng(seed))
+        labels = [(scene.picture.shape, scene.picture.color) for scene in scenes]
+        made = past_question(kind, labels, rng)
+        if made is None:
+            continue
+        named = set(made.question.rstrip("?").split())
+        if kind == "ever":
+            alike = [place for place, label in enumerate(labels) if named & {*SHAPES, *COLORS} <= set(label)]
+            assert list(made.evidence) == list(made.referent) == alike
+        elif kind == "count":
+            assert made.evidence == made.referent == ()
+        else:
+            (shows,), (points_at,) = made.evidence, made.referent
+            assert made.answer in labels[shows]
+            step = {"first": 0, "previous": -1, "before": -1, "after": 1}[kind]
+            assert shows == points_at + step
+            assert kind not in ("before", "after") or set(labels[points_at]) <= named
+
+
 def test_ever_is_yes_about_half_the_time() -> None:
     rng = np.random.default_rng(3)
     answers = []
