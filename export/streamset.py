@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
+from threadpoolctl import threadpool_limits
 
 from keepsight.export.pools import CHANNELS, SUCCESSORS, TOKENS, Pools
 from keepsight.runtime.memory import MemoryBank, Rider
@@ -146,6 +147,7 @@ _context: tuple[Pools, Basis, BankShape, int] | None = None
 
 def _start_worker(pools: Pools, basis: Basis, shape: BankShape, seed: int) -> None:
     global _context
+    threadpool_limits(1)  # each worker would start a thread per core, and all of them would wait for each other
     _context = (pools, basis, shape, seed)
 
 
