@@ -239,9 +239,9 @@ def plot_curve(curve: Path, picture: Path) -> None:
     for stage in dict.fromkeys(row["stage"] for row in rows):
         mine = [row for row in rows if row["stage"] == stage]
         steps = [offset + row["step"] for row in mine]
-        for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+        for axis, name, label in zip(axes, ("loss", "accuracy"), ("loss, hints and all", "share of right answers"), strict=True):
             axis.plot(steps, [row[name] for row in mine], label=stage)
-            axis.set(xlabel="step", ylabel=name)
+            axis.set(xlabel="step", ylabel=label)
         offset = steps[-1]
     axes[1].legend()
     figure.savefig(picture, dpi=110)
