@@ -19,7 +19,7 @@ help:
 	@echo "make test    set up what is missing, then ruff, mypy and pytest (options: PYTEST_ARGS=...)"
 	@echo "make setup   only the set-up of make demo: system packages, .venv, llama.cpp, keepsight[tiny]"
 	@echo "make lint    only ruff and mypy"
-	@echo "make results measure the README's accuracy table again (about an hour)"
+	@echo "make results measure the README's accuracy table again (about 20 minutes)"
 	@echo "make clean   remove .venv and everything built (not the cache of llama.cpp wheels)"
 	@echo
 	@echo "Settings, here or in local.mk: PYTHON, CMAKE_ARGS, TORCH, SKIP_APT=1, KEEPSIGHT_CACHE (now $${KEEPSIGHT_CACHE:-$${XDG_CACHE_HOME:-~/.cache}/keepsight})"

@@ -244,10 +244,14 @@ _ROW_AXES = {
 def export_qformer(
     qformer: QFormer, folder: Path, *, slots: int, tokens: int, text: int, half_storage: bool
 ) -> list[str]:
-    """Write the five graphs to `folder/<name>.onnx`; only the number of text rows stays dynamic. Returns their names."""
+    """Write the five graphs to `folder/<name>.onnx`; only the number of text rows stays dynamic, if there are any.
+
+    Returns:
+        Their names.
+    """
     inputs = example_inputs(qformer, slots=slots, tokens=tokens, text=text)
     for name, (graph, outputs) in GRAPHS.items():
-        axes = {key: _ROW_AXES[key] for key in (*inputs[name], *outputs) if key in _ROW_AXES}
+        axes = {key: _ROW_AXES[key] for key in (*inputs[name], *outputs) if key in _ROW_AXES and text}
         module = graph(qformer)
         export_onnx(
             module, inputs[name], outputs, folder / f"{name}.onnx", dynamic_axes=axes, half_storage=half_storage

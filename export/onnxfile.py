@@ -52,12 +52,28 @@ def export_onnx(
             dynamo=False,
         )
     model = onnx.load(str(path))
+    restore_inputs(model, inputs, dynamic_axes or {})
     _turn_gemm_weights(model)
     if half_storage:
         store_half(model)
     model.producer_version = ""  # the same weights give the same bytes whatever torch wrote them
     onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def restore_inputs(
+    model: onnx.ModelProto, inputs: Mapping[str, Tensor], dynamic_axes: Mapping[str, Mapping[int, str]]
+) -> None:
+    """Give the graph every input of its contract, in order: the exporter drops those that a model has no use for, such as
+    the position buckets of one without positions.
+    """
+    kept = {value.name: value for value in model.graph.input}
+    del model.graph.input[:]
+    for name, tensor in inputs.items():
+        axes = dynamic_axes.get(name, {})
+        shape = [axes.get(axis, size) for axis, size in enumerate(tensor.shape)]
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(str(tensor.dtype).removeprefix("torch.")))
+        model.graph.input.append(kept.get(name) or helper.make_tensor_value_info(name, kind, shape))
 
 
 def round_to_half(module: nn.Module) -> None:

@@ -22,7 +22,10 @@ MASKED = -1e4  # as BERT adds it to masked scores; far below any score, and fini
 
 @dataclass(frozen=True)
 class QFormerConfig:
-    """Dimensions. `slots` and `time_buckets` describe the position tables; 0 time buckets means no positions."""
+    """Dimensions. `slots` and `time_buckets` describe the position tables; 0 time buckets means no positions.
+
+    `vocab` 0 is a Q-Former without text (BLIP-2): only the query rows flow, and nothing for text exists.
+    """
 
     hidden: int
     layers: int
@@ -97,11 +100,13 @@ class QFormerLayer(nn.Module):
         self.queries = config.queries
         self.attention = Attention(config, config.hidden)
         self.cross = Attention(config, config.channels) if index in config.cross_layers else None
-        self.text_ffn = FeedForward(config)
+        self.text_ffn = FeedForward(config) if config.vocab else None
         self.query_ffn = FeedForward(config)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Each kind of row through its own net: `x` `[..., R, H]`, queries first."""
+        if self.text_ffn is None:
+            return cast(Tensor, self.query_ffn(x))
         query, text = x[..., : self.queries, :], x[..., self.queries :, :]
         return torch.cat([self.query_ffn(query), self.text_ffn(text)], dim=-2)
 
@@ -116,8 +121,8 @@ class QFormer(nn.Module):
         super().__init__()
         self.config = config
         self.query_tokens = nn.Parameter(torch.zeros(config.queries, config.hidden))
-        self.word_embeddings = nn.Embedding(config.vocab, config.hidden)
-        self.position_embeddings = nn.Embedding(config.max_text, config.hidden)
+        self.word_embeddings = nn.Embedding(config.vocab, config.hidden) if config.vocab else None
+        self.position_embeddings = nn.Embedding(config.max_text, config.hidden) if config.vocab else None
         self.embedding_norm = nn.LayerNorm(config.hidden, eps=config.norm_eps)
         self.layers = nn.ModuleList(QFormerLayer(config, index) for index in range(config.layers))
         self.llm_proj = nn.Linear(config.hidden, config.n_embd)
@@ -134,9 +139,11 @@ class QFormer(nn.Module):
 
     def embed(self, text_ids: Tensor) -> Tensor:
         """Layer 0's input `[B, R, H]`: queries carry no position, text does (`text_ids` `[B, L]`)."""
+        queries = self.query_tokens.expand(*text_ids.shape[:-1], -1, -1)
+        if self.word_embeddings is None or self.position_embeddings is None:
+            return cast(Tensor, self.embedding_norm(queries))
         places = torch.arange(text_ids.shape[-1], device=text_ids.device)
         text = self.word_embeddings(text_ids) + self.position_embeddings(places)
-        queries = self.query_tokens.expand(*text_ids.shape[:-1], -1, -1)
         return cast(Tensor, self.embedding_norm(torch.cat([queries, text], dim=-2)))
 
     def prompt_state(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
@@ -148,7 +155,7 @@ class QFormer(nn.Module):
 
     def row_mask(self, text_mask: Tensor) -> Tensor:
         """`[..., R]`: query rows are always seen, text rows as `text_mask` says."""
-        queries = torch.ones_like(text_mask[..., :1]).expand(*text_mask.shape[:-1], self.config.queries)
+        queries = text_mask.new_ones(*text_mask.shape[:-1], self.config.queries)
         return torch.cat([queries, text_mask], dim=-1)
 
     def cross_kv(self, features: Tensor) -> tuple[Tensor, Tensor]:

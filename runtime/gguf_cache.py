@@ -16,14 +16,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from keepsight.streams.errors import LLMError, MissingModelError, UsageError
 
-__all__ = ["Kind", "default_cache_dir", "requantised"]
+__all__ = ["QUANTISATIONS", "Kind", "default_cache_dir", "quantise", "requantised"]
 
 Kind = Literal["Q8_0", "F16"]
-_FTYPES: dict[str, int] = {"F16": 1, "Q8_0": 7}  # llama.h: enum llama_ftype
+# llama.h: enum llama_ftype. The first two are what a bundle may ask for at load time; the others are for export.
+_FTYPES: dict[str, int] = {
+    "F16": 1, "Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q4_K_M": 15, "Q4_0": 2, "Q3_K_M": 12, "Q2_K": 10,
+}  # fmt: skip
+QUANTISATIONS = tuple(_FTYPES)
 _GGUF_MAGIC = b"GGUF"
 
 
@@ -51,8 +55,8 @@ def requantised(source: Path, *, kind: Kind, cache_dir: Path | None = None) -> P
         UsageError: `kind` is unknown, or the cache cannot be written.
         LLMError: `source` is not a GGUF file that llama.cpp can requantise, or the disk is full.
     """
-    if kind not in _FTYPES:
-        raise UsageError(f"Quantisation {kind!r} is unknown here.", fix=f"Use one of {', '.join(_FTYPES)}.")
+    if kind not in get_args(Kind):
+        raise UsageError(f"Quantisation {kind!r} is unknown here.", fix=f"Use one of {', '.join(get_args(Kind))}.")
     _check_source(source)
     folder = cache_dir or default_cache_dir()
     try:
@@ -81,14 +85,25 @@ def _make(source: Path, target: Path, kind: Kind) -> None:
     """Writes beside the target first and renames, so that no reader ever meets half a file."""
     partial = target.with_suffix(f".{os.getpid()}.partial")
     try:
-        _quantise(source, partial, kind)
+        quantise(source, partial, kind)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
     _write_stamp(_stamp_path(target), target, _sha256(target))
 
 
-def _quantise(source: Path, target: Path, kind: Kind) -> None:
+def quantise(source: Path, target: Path, kind: str) -> None:
+    """Write `source` in another quantisation to `target`, through llama.cpp.
+
+    Args:
+        kind: one of `QUANTISATIONS`.
+
+    Raises:
+        UsageError: `kind` is unknown.
+        LLMError: llama.cpp refuses the file, or the disk is full.
+    """
+    if kind not in _FTYPES:
+        raise UsageError(f"Quantisation {kind!r} is unknown here.", fix=f"Use one of {', '.join(_FTYPES)}.")
     from keepsight.runtime.llama import C, last_complaint, physical_cores
 
     parameters = C.llama_model_quantize_default_params()
@@ -99,7 +114,7 @@ def _quantise(source: Path, target: Path, kind: Kind) -> None:
     if code != 0:
         raise LLMError(
             f"llama.cpp cannot requantise {source} to {kind}: {last_complaint()}.",
-            fix="Check that the file is complete and that the disk of the cache has room.",
+            fix="Check that the file is complete and that the disk has room.",
         )
 
 

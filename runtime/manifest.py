@@ -25,6 +25,7 @@ __all__ = [
     "MANIFEST",
     "SCHEMA_VERSION",
     "AgeInfo",
+    "CurrentInfo",
     "Decoding",
     "Dims",
     "GraphInfo",
@@ -215,6 +216,20 @@ class AgeInfo(_Part):
         return self
 
 
+class CurrentInfo(_Part):
+    """One marker, on the newest frame, and only when an answer is made: what MA-LMM's fine-tuned checkpoints have learned.
+
+    Their training fills row `frame` of the table alone (the last frame's), since what is banked is detached.
+    """
+
+    policy: Literal["current"] = "current"
+    frame: Annotated[int, Field(ge=0)]
+
+    def buckets(self, slots: int) -> int:
+        """P, for a memory of S slots."""
+        return 2
+
+
 class GraphInfo(_Part):
     """One graph of the bundle.
 
@@ -293,7 +308,7 @@ class Manifest(_Part):
     sample_fps: Positive
     templates: Templates
     decoding: Decoding
-    positions: Annotated[NoPositionsInfo | OrderInfo | AgeInfo, Field(discriminator="policy")]
+    positions: Annotated[NoPositionsInfo | OrderInfo | AgeInfo | CurrentInfo, Field(discriminator="policy")]
     graphs: dict[str, GraphInfo]
     variants: Annotated[tuple[str, ...], Field(min_length=1)]
     llm: LLMInfo | None = None

@@ -3,7 +3,8 @@
 Features are banked without a position; the graphs add one when they read a slot, looked up by a *bucket* (0 = none).
 A policy turns the order and the times of a bank's slots into buckets:
 
-- for `step` and `answer`: one array [S, N], read at the newest frame;
+- for `step`: one array [S, N], read at the newest frame;
+- for `answer`: another one if the frame that is asked about reads otherwise than it is banked (`CurrentPositions` only);
 - for `replay`: an array [S_step, S_slot, N], where step j of the replay reads the slots of rank 0..j of each token,
   with the slot of rank j as its newest.
 
@@ -20,12 +21,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from keepsight.runtime.manifest import AgeInfo, Manifest, OrderInfo
+from keepsight.runtime.manifest import AgeInfo, CurrentInfo, Manifest, OrderInfo
 from keepsight.runtime.memory import MemoryBank
 from keepsight.streams.errors import UsageError
 
 __all__ = [
     "AgePositions",
+    "CurrentPositions",
     "NonePositions",
     "OrderPositions",
     "PositionPolicy",
@@ -52,6 +54,10 @@ class PositionPolicy(Protocol):
         """Buckets at the newest frame, [S, N] int32; 0 where a slot is out of use."""
         ...
 
+    def answer(self, bank: MemoryBank) -> Int32 | None:
+        """Buckets [S, N] int32 of the pass that makes an answer; None: those of `step`, whose pass will do."""
+        ...
+
     def replay(self, bank: MemoryBank, visible: Bool | None = None) -> Int32:
         """Buckets at each step of a replay over the visible slots, [S_step, S_slot, N] int32; 0 where not read.
 
@@ -75,10 +81,43 @@ class NonePositions:
         """See :meth:`PositionPolicy.step`."""
         return np.zeros(_visual(bank).visible.shape[1:], dtype=np.int32)
 
+    def answer(self, bank: MemoryBank) -> None:
+        """See :meth:`PositionPolicy.answer`."""
+
     def replay(self, bank: MemoryBank, visible: Bool | None = None) -> Int32:
         """See :meth:`PositionPolicy.replay`."""
         slots, tokens = _visual(bank).visible.shape[1:]
         return np.zeros((slots, slots, tokens), dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class CurrentPositions:
+    """One marker, bucket 1, on each token's newest slot, in the pass that makes an answer and in no other. P = 2.
+
+    In MA-LMM's fine-tuned checkpoints the last frame's position is the only row that is not zero
+    (`blip2_vicuna_instruct.py : forward` banks detached copies, so no other row was ever trained). Whatever is banked was
+    read without it, and the newest frame is marked because it is the one that is answered at.
+    """
+
+    @property
+    def buckets(self) -> int:
+        """P = 2."""
+        return 2
+
+    def step(self, bank: MemoryBank) -> Int32:
+        """See :meth:`PositionPolicy.step`: no marker in what is banked."""
+        return np.zeros(_visual(bank).visible.shape[1:], dtype=np.int32)
+
+    def answer(self, bank: MemoryBank) -> Int32:
+        """See :meth:`PositionPolicy.answer`."""
+        return _newest(ranks(bank))
+
+    def replay(self, bank: MemoryBank, visible: Bool | None = None) -> Int32:
+        """See :meth:`PositionPolicy.replay`: the last step alone has the marker."""
+        marked = _newest(ranks(bank, visible))
+        buckets = np.zeros((len(marked), *marked.shape), dtype=np.int32)
+        buckets[-1] = marked
+        return buckets
 
 
 @dataclass(frozen=True)
@@ -116,6 +155,9 @@ class OrderPositions:
     def step(self, bank: MemoryBank) -> Int32:
         """See :meth:`PositionPolicy.step`."""
         return self._at(_Remembered.of(bank), np.array([bank.slots - 1]))[0]
+
+    def answer(self, bank: MemoryBank) -> None:
+        """See :meth:`PositionPolicy.answer`."""
 
     def replay(self, bank: MemoryBank, visible: Bool | None = None) -> Int32:
         """See :meth:`PositionPolicy.replay`."""
@@ -160,6 +202,9 @@ class AgePositions:
         """See :meth:`PositionPolicy.step`."""
         return self._at(_Remembered.of(bank), np.array([bank.slots - 1]))[0]
 
+    def answer(self, bank: MemoryBank) -> None:
+        """See :meth:`PositionPolicy.answer`."""
+
     def replay(self, bank: MemoryBank, visible: Bool | None = None) -> Int32:
         """See :meth:`PositionPolicy.replay`."""
         return self._at(_Remembered.of(bank, visible), np.arange(bank.slots))
@@ -177,6 +222,8 @@ def position_policy(manifest: Manifest) -> PositionPolicy:
         return OrderPositions(manifest.dims.slots, info.time_buckets)
     if isinstance(info, AgeInfo):
         return AgePositions(info.edges_s)
+    if isinstance(info, CurrentInfo):
+        return CurrentPositions()
     return NonePositions()
 
 
@@ -240,6 +287,11 @@ class _Remembered:
         end = np.fmax.reduce(self.last_by_rank, axis=1, initial=-np.inf)
         start = np.minimum.accumulate(np.fmin.reduce(self.first_by_rank, axis=1, initial=np.inf))
         return np.where(np.isfinite(end), end - start, 0.0)[steps]
+
+
+def _newest(rank: Int32) -> Int32:
+    """1 where a token's slot is its newest, [S, N] int32."""
+    return (rank == len(rank) - 1).astype(np.int32)
 
 
 def _visual(bank: MemoryBank) -> MemoryBank:

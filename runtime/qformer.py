@@ -138,6 +138,10 @@ class QFormer:
             }  # fmt: skip
         return self._visual
 
+    def answer_places(self) -> NDArray[np.int32] | None:
+        """Position buckets `[S, N]` of a pass that makes an answer, if they are not those of `visual_inputs`."""
+        return self._positions.answer(self.bank)
+
     def run(self, graph: str, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, Float32]:
         """Run one graph of the bundle."""
         if graph not in self._engines:
@@ -180,14 +184,7 @@ class StandingQuestion:
         """Read the frame that was just remembered, then bank the rows that read it."""
         self.bank.settle()
         self._visual = self._qformer.visual_inputs()
-        outputs = self._qformer.run(
-            "step",
-            {
-                "prompt_state": self.prompt.state, **self._visual, "self_k": self.bank.riders["self_k"],
-                "self_v": self.bank.riders["self_v"], "self_mask": self.bank.visible * self.prompt.row_mask,
-                "text_mask": self.prompt.text_mask,
-            },
-        )  # fmt: skip
+        outputs = self._read(self._visual, self.bank.visible * self.prompt.row_mask)
         self._newest = outputs
         self.bank.append(
             outputs["rows"], time_s=time_s, riders={"self_k": outputs["row_k"], "self_v": outputs["row_v"]}
@@ -201,18 +198,37 @@ class StandingQuestion:
         """
         if self._newest is None:
             raise UsageError("Nothing has been seen since the question was put.", fix="Ask after the next frame.")
-        newest, last = self._newest, -1
-        past = self.bank.past[last] * self.prompt.row_mask
+        last = -1
+        past = self.bank.past * self.prompt.row_mask
+        newest, visual = self._marked(past) or (self._newest, self._visual)
         feeds: dict[str, NDArray[np.generic]] = {
             "rows_last": newest["rows"][last], "k_last": newest["row_k"][last], "v_last": newest["row_v"][last],
             "bank_k": self.bank.riders["self_k"][last], "bank_v": self.bank.riders["self_v"][last],
-            "bank_mask": past, "text_mask": self.prompt.text_mask,
+            "bank_mask": past[last], "text_mask": self.prompt.text_mask,
         }  # fmt: skip
         dims = self._qformer.dims
         if dims.layers - 1 in dims.cross_layers:
             feeds |= {
-                "cross_k": self._visual["cross_k"][last], "cross_v": self._visual["cross_v"][last],
-                "visual_mask": self._visual["visual_mask"], "bucket": self._visual["bucket"],
+                "cross_k": visual["cross_k"][last], "cross_v": visual["cross_v"][last],
+                "visual_mask": visual["visual_mask"], "bucket": visual["bucket"],
             }  # fmt: skip
         outputs = self._qformer.run("answer", feeds)
         return SoftPrompt(outputs["query_output"], outputs["soft_prompt"])
+
+    def _read(self, visual: Mapping[str, NDArray[np.generic]], self_mask: Float32) -> dict[str, Float32]:
+        """The layers before the last, for the newest frame: rows, keys and values `[Y, R, H]`."""
+        return self._qformer.run(
+            "step",
+            {
+                "prompt_state": self.prompt.state, **visual, "self_k": self.bank.riders["self_k"],
+                "self_v": self.bank.riders["self_v"], "self_mask": self_mask, "text_mask": self.prompt.text_mask,
+            },
+        )  # fmt: skip
+
+    def _marked(self, past: Float32) -> tuple[dict[str, Float32], dict[str, NDArray[np.generic]]] | None:
+        """The newest frame read again with the marker that only an answer sees; its rows are not banked. None: no marker."""
+        places = self._qformer.answer_places()
+        if places is None:
+            return None
+        visual = {**self._visual, "bucket": places}
+        return self._read(visual, past), visual

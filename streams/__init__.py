@@ -13,6 +13,7 @@ from __future__ import annotations
 from keepsight.streams.encode import write_video
 from keepsight.streams.errors import (
     BundleError,
+    CheckpointError,
     DatasetError,
     EngineError,
     KeepsightError,
@@ -32,6 +33,7 @@ from keepsight.streams.uri import SourceURI
 
 __all__ = [
     "BundleError",
+    "CheckpointError",
     "DatasetError",
     "EngineError",
     "Frame",

@@ -12,7 +12,8 @@ KeepsightError                                         1  internal
 │   └── MissingModelError (FileNotFoundError)          9  missing-model
 ├── EngineError           (RuntimeError)              10  engine
 ├── LLMError              (RuntimeError)              11  llm
-└── DatasetError          (ValueError)                12  dataset
+├── DatasetError          (ValueError)                12  dataset
+└── CheckpointError       (ValueError)                13  checkpoint
 ```
 
 The built-in beside each name is its second base, so code that knows only Python can still catch it. The number is
@@ -27,6 +28,7 @@ from typing import ClassVar
 
 __all__ = [
     "BundleError",
+    "CheckpointError",
     "DatasetError",
     "EngineError",
     "KeepsightError",
@@ -146,3 +148,10 @@ class DatasetError(KeepsightError, ValueError):
 
     exit_code: ClassVar[int] = 12
     kind: ClassVar[str] = "dataset"
+
+
+class CheckpointError(KeepsightError, ValueError):
+    """A checkpoint to export is missing, unsafe to read, or does not hold what its model needs."""
+
+    exit_code: ClassVar[int] = 13
+    kind: ClassVar[str] = "checkpoint"

@@ -1,0 +1,279 @@
+"""A checkpoint in, a bundle out: the graphs with their weights, the text tokenizer, the language model, the manifest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keepsight.export.checkpoints import Checkpoint
+from keepsight.export.eva import EvaVision
+from keepsight.export.graphs import export_qformer
+from keepsight.export.llama_gguf import LanguageSource, LlamaConfig, open_llama, write_gguf
+from keepsight.export.llama_reference import check_gguf
+from keepsight.export.qformer import QFormer
+from keepsight.export.streamed import export_streamed
+from keepsight.export.weights import store_weights
+from keepsight.export.wordpiece import write_text_tokenizer
+from keepsight.runtime.gguf_cache import QUANTISATIONS, quantise
+from keepsight.runtime.gguf_rows import find_matrix
+from keepsight.runtime.manifest import (
+    MANIFEST,
+    CurrentInfo,
+    Decoding,
+    Dims,
+    GraphInfo,
+    LLMInfo,
+    Manifest,
+    NoPositionsInfo,
+    Preprocessing,
+    Templates,
+    sha256_of,
+    write_manifest,
+)
+from keepsight.streams.errors import CheckpointError, UsageError
+
+__all__ = ["Conversion", "convert", "language_source", "positioned"]
+
+LLM_FILE = "llm.gguf"
+_BUCKETS = (16, 32, 64, 128)
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being written, how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a checkpoint does not say itself.
+
+    Attributes:
+        memory_length: M. MA-LMM's scripts have 10 for question answering, 20 for classification, 40 for captions.
+        sample_fps: frames per second that go into the memory (LVU's clips were sampled at one).
+        prompt: how a question is put to the Q-Former and the language model alike, with `{question}`.
+        llm: a GGUF file, or a LLaMA to convert; None for a bundle that ends at the soft prompt.
+        llm_type: of a converted LLaMA's matrices, one of `QUANTISATIONS`.
+        tokenizer: the Q-Former's tokenizer, if it does not lie beside the checkpoint.
+    """
+
+    memory_length: int = 20
+    sample_fps: float = 1.0
+    prompt: str = "{question}"
+    llm: Path | LanguageSource | None = None
+    llm_type: str = "F16"
+    tokenizer: Path | None = None
+
+
+def convert(checkpoint: Checkpoint, out: Path, options: Conversion, *, progress: Progress | None = None) -> Manifest:
+    """Write a bundle of float32 graphs to `out`, which appears when it is complete: until then it is `NAME.part` beside it.
+
+    Raises:
+        UsageError: `out` is there and is no bundle, or an option makes no sense.
+        CheckpointError: no text tokenizer, or a kind of position table that is not known.
+    """
+    _check(checkpoint, out, options)
+    qformer, positions = positioned(checkpoint)
+    partial = out.with_name(f"{out.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        manifest = _write(checkpoint, qformer, positions, partial, options, progress or _silent)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def language_source(checkpoint: Checkpoint, llm: str | None) -> Path | LanguageSource | None:
+    """What `--llm` names: `none`, a GGUF file, a LLaMA's folder; by default the language model inside the checkpoint.
+
+    InstructBLIP's tokenizer begins a text with `</s>` (id 2), whatever the language model's own does.
+
+    Raises:
+        CheckpointError: the checkpoint has none inside, or one that is no LLaMA.
+    """
+    bos = 2 if checkpoint.qformer.vocab else None
+    if llm == "none":
+        return None
+    if llm is not None:
+        return open_llama(Path(llm), bos=bos) if Path(llm).is_dir() else Path(llm)
+    if not checkpoint.llm_tensors or checkpoint.llm_config is None or checkpoint.llm_tokenizer is None:
+        raise CheckpointError(
+            f"{checkpoint.name} carries no language model.",
+            fix="Name it: --llm with its folder or a GGUF file, or --llm none for a bundle that ends at the soft prompt.",
+        )
+    return LanguageSource(LlamaConfig.read(checkpoint.llm_config), checkpoint.llm_tensors, checkpoint.llm_tokenizer, bos)
+
+
+def positioned(checkpoint: Checkpoint) -> tuple[QFormer, NoPositionsInfo | CurrentInfo]:
+    """The Q-Former, with what `image_pe` means to its cross-attention as position tables, and the policy that reads them.
+
+    Keys and values are affine: k(x + pe) = k(x) + W pe. So the marker that MA-LMM adds to the newest frame's features
+    becomes one row for each cross-attention layer, and what is banked stays without it.
+
+    Raises:
+        CheckpointError: several rows of `image_pe` are not zero.
+    """
+    qformer = checkpoint.load_qformer()
+    if checkpoint.image_pe is None:
+        return qformer, NoPositionsInfo()
+    frames = [int(row) for row in checkpoint.image_pe.any(dim=1).nonzero()[:, 0]]
+    if len(frames) > 1:
+        raise CheckpointError(
+            f"image_pe of {checkpoint.name} has {len(frames)} rows that are not zero; MA-LMM's training fills one, the last.",
+            fix="A table of positions added before storing is not supported yet.",
+        )
+    marked = QFormer(replace(qformer.config, slots=1, time_buckets=1))
+    state = qformer.state_dict() | _marker_rows(qformer, checkpoint.image_pe[frames[0]])
+    marked.load_state_dict(state)
+    return marked.eval(), CurrentInfo(frame=frames[0])
+
+
+def _marker_rows(qformer: QFormer, marker: Tensor) -> dict[str, Tensor]:
+    """Position tables `[X, 2, H]`: bucket 1 adds row 0, which is the marker's, and row 1, which is nothing."""
+    rows = {}
+    for name, part in (("position_key", "key"), ("position_value", "value")):
+        crosses = [qformer.get_submodule(f"layers.{index}.cross.{part}") for index in qformer.config.cross_layers]
+        images = torch.stack([cross.weight.detach().double() @ marker.double() for cross in crosses])  # type: ignore[operator]
+        rows[name] = torch.stack([images, torch.zeros_like(images)], dim=1).float()
+    return rows
+
+
+def _write(
+    checkpoint: Checkpoint,
+    qformer: QFormer,
+    positions: NoPositionsInfo | CurrentInfo,
+    folder: Path,
+    options: Conversion,
+    progress: Progress,
+) -> Manifest:
+    text = _text_buckets(qformer)
+    vision = checkpoint.vision
+    frames = torch.zeros(1, vision.image_size, vision.image_size, 3, dtype=torch.uint8)
+    export_streamed(
+        lambda: EvaVision(vision),
+        checkpoint.vision_tensors,
+        {"frames": frames},
+        ["features"],
+        folder / "vision.onnx",
+        dynamic_axes={"frames": {0: "batch"}, "features": {0: "batch"}},
+        progress=lambda done, total: progress("visual encoder", done, total),
+    )
+    progress("Q-Former", 0, 1)
+    slots = options.memory_length + 1
+    graphs = export_qformer(qformer, folder, slots=slots, tokens=vision.tokens, text=text[0], half_storage=False)
+    store_weights(qformer, folder, graphs)
+    progress("Q-Former", 1, 1)
+    tokenizer = options.tokenizer or checkpoint.tokenizer
+    if tokenizer is not None and qformer.config.vocab:
+        write_text_tokenizer(tokenizer, folder / "tokenizer.json", rows=qformer.config.vocab)
+    config = qformer.config
+    manifest = Manifest(
+        name=folder.name.removesuffix(".part"),
+        dims=Dims(
+            image_size=vision.image_size, tokens=vision.tokens, channels=config.channels, queries=config.queries,
+            hidden=config.hidden, layers=config.layers, cross_layers=tuple(config.cross_layers), heads=config.heads,
+            n_embd=config.n_embd, memory_length=options.memory_length, text_buckets=text,
+            position_buckets=positions.buckets(slots),
+        ),
+        preprocessing=Preprocessing(width=vision.image_size, height=vision.image_size, scaler="bicubic"),
+        sample_fps=options.sample_fps,
+        templates=_templates(checkpoint, options),
+        decoding=Decoding(max_tokens=256, beams=5, repetition_penalty=1.5),
+        positions=positions,
+        graphs={name: GraphInfo(files={"fp32": f"{name}.onnx"}) for name in ("vision", *graphs)},
+        variants=("fp32",),
+        llm=_language_model(options, checkpoint.name, folder, progress),
+        tokenizer="tokenizer.json" if config.vocab else None,
+        provenance=_provenance(checkpoint),
+    )  # fmt: skip
+    return write_manifest(folder, manifest)
+
+
+def _check(checkpoint: Checkpoint, out: Path, options: Conversion) -> None:
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise UsageError(f"{out} is there and is no bundle.", fix="Name a folder that does not exist yet.")
+    if options.memory_length < 1:
+        raise UsageError(f"a memory of {options.memory_length} slots remembers nothing.", fix="Give at least 1.")
+    if options.prompt.count("{question}") != 1:
+        raise UsageError(f"the prompt {options.prompt!r} must hold {{question}} once.")
+    if checkpoint.qformer.vocab and options.tokenizer is None and checkpoint.tokenizer is None:
+        raise CheckpointError(
+            f"{checkpoint.name} comes without the Q-Former's text tokenizer.",
+            fix="Give it: --tokenizer with the folder, tokenizer.json or vocab.txt of bert-base-uncased.",
+        )
+    if options.llm_type not in QUANTISATIONS:
+        raise UsageError(f"{options.llm_type!r} is no quantisation.", fix=f"Use one of {', '.join(QUANTISATIONS)}.")
+    if options.llm is not None:
+        width = _width(options.llm)
+        if width != checkpoint.qformer.n_embd:
+            raise UsageError(
+                f"the soft prompt's rows are {checkpoint.qformer.n_embd} wide, the language model takes {width}.",
+                fix="Give the language model that the checkpoint was trained with.",
+            )
+
+
+def _text_buckets(qformer: QFormer) -> tuple[int, ...]:
+    """Lengths that the graphs are built for, up to the position table's."""
+    if not qformer.config.vocab:
+        return (0,)
+    return tuple(bucket for bucket in _BUCKETS if bucket <= qformer.config.max_text) or (qformer.config.max_text,)
+
+
+def _templates(checkpoint: Checkpoint, options: Conversion) -> Templates:
+    """The rows come first, before what the tokenizer calls the beginning: InstructBLIP's LLaMA tokenizer says `</s>`, id 2."""
+    text = checkpoint.qformer.vocab
+    begin = "</s>" if text else ""
+    return Templates(qformer=options.prompt if text else "", llm="{video}" + begin + options.prompt)
+
+
+def _width(llm: Path | LanguageSource) -> int:
+    return llm.config.hidden if isinstance(llm, LanguageSource) else find_matrix(llm, "token_embd.weight").width
+
+
+def _language_model(options: Conversion, name: str, folder: Path, progress: Progress) -> LLMInfo | None:
+    """Put the language model into the bundle: a GGUF as it is, a LLaMA converted, proved, and then quantised."""
+    target = folder / LLM_FILE
+    if options.llm is None:
+        return None
+    if isinstance(options.llm, LanguageSource):
+        full = folder / "full.gguf"
+        write_gguf(options.llm, full, name=name, progress=lambda done, total: progress("language model", done, total))
+        check_gguf(full, options.llm)
+        if options.llm_type == "F16":
+            os.replace(full, target)
+        else:
+            quantise(full, target, options.llm_type)
+            full.unlink()
+    else:
+        _link(options.llm, target)
+    return LLMInfo(file=LLM_FILE, sha256=sha256_of(target), licence="see the model's own")
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same bytes under another name, or a copy where the file system has no links."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The files that the weights are from, by name and size; a path would tell of the machine, not of the model."""
+    files = [file for source in checkpoint.sources for file in (sorted(source.iterdir()) if source.is_dir() else [source])]
+    return {
+        "checkpoint": checkpoint.name,
+        "files": {file.name: file.stat().st_size for file in files if file.is_file()},
+        "ln_vision_eps": checkpoint.vision.norm_eps,
+    }
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """No progress is shown."""

@@ -1,0 +1,228 @@
+"""Whole conversions: the bundle of a checkpoint, run by the runtime, says what MA-LMM over `transformers`' modules says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from keepsight.export.checkpoints import load_huggingface
+from keepsight.export.convert import Conversion, convert, language_source
+from keepsight.runtime import Session
+from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.cli import app
+from keepsight.runtime.qformer import QFormer, StandingQuestion
+from keepsight.streams import Frame
+from keepsight.streams.errors import CheckpointError, UsageError
+
+from ..random_bundle import random_frames
+from . import hf_models
+from .hf_malmm import HuggingFaceMALMM
+from .naive_malmm import Said
+
+SLOTS = 4
+FORCED = 1e-3  # largest difference of the soft prompt while both sides merge the same pairs
+FRAMES = random_frames(16, size=28)
+OPTIONS = Conversion(memory_length=SLOTS)
+
+
+class Watching:
+    """A bundle with a standing question, frame by frame."""
+
+    def __init__(self, path: Path, question: str = hf_models.QUESTION) -> None:
+        self.bundle = Bundle.open(path)
+        self.qformer = QFormer(self.bundle)
+        self.prompt = self.qformer.prompt(question)
+        self.standing: StandingQuestion = self.qformer.stand(self.prompt)
+        self.time_s = 0.0
+
+    def see(self, frame: np.ndarray) -> None:
+        self.qformer.remember(self.qformer.encode(frame[None])[0], self.time_s)
+        self.standing.step(self.time_s)
+        self.time_s += 1.0
+
+    def merges(self) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """What the banks merged before the newest frame, by visual token, and by layer and row that is no padding."""
+        rows = self.prompt.row_mask > 0
+        query = self.standing.bank.last_merge[:, rows]
+        return self.qformer.bank.last_merge[0], dict(enumerate(query, start=1))
+
+
+def text_ids(bundle: Bundle) -> list[int]:
+    if bundle.tokenizer is None:
+        return []
+    ids, mask = bundle.tokenizer.encode(hf_models.QUESTION, bundle.manifest.dims.text_buckets)
+    return [int(token) for token, real in zip(ids, mask, strict=True) if real]
+
+
+def compare(model: Any, path: Path, *, forced: bool, image_pe: torch.Tensor | None = None) -> tuple[list[float], float]:
+    """Largest difference of the soft prompt after each frame, and the share of merge decisions that agree.
+
+    The deployed side merges before a frame what the reference merges after the one before: so each frame of the oracle is
+    run when the next one's merges are known.
+    """
+    watching = Watching(path)
+    oracle = HuggingFaceMALMM(model, text_ids(watching.bundle), length=SLOTS, image_pe=image_pe)
+    differences, equal, said = [], [], []
+    for frame, following in zip(FRAMES, [*FRAMES[1:], None], strict=True):
+        if not differences:
+            watching.see(frame)
+        rows = watching.standing.answer().rows
+        if following is not None:
+            watching.see(following)
+        visual, query = watching.merges()
+        merging = following is not None and visual[0] >= 0
+        choices = {"visual_merge": visual, "query_merge": query} if forced and merging else {}
+        said.append(oracle.see(frame, **choices))
+        differences.append(float(np.abs(rows - said[-1].soft_prompt.numpy()).max()))
+        if merging:
+            equal += agreement(said[-1], visual, query, watching.qformer.dims.queries)
+    watching.qformer.close()
+    return differences, float(np.mean(equal))
+
+
+def agreement(said: Said, visual: np.ndarray, query: dict[int, np.ndarray], queries: int) -> list[bool]:
+    """Decisions that agree. Layer 1's text rows are alike at every frame: whatever is merged there changes nothing."""
+    assert said.visual_choice is not None
+    equal = list(said.visual_choice == visual)
+    for layer, rows in query.items():
+        chosen = said.query_choice[layer]
+        assert chosen is not None
+        equal += list((chosen == rows)[: queries if layer == 1 else None])
+    return [bool(value) for value in equal]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A random InstructBLIP and its bundle."""
+    folder = tmp_path_factory.mktemp("converted")
+    torch.manual_seed(1)
+    model = hf_models.instructblip()
+    convert(load_huggingface(hf_models.save(model, folder / "hf")), folder / "bundle", OPTIONS)
+    return model, folder / "bundle"
+
+
+def test_with_merges_forced_the_soft_prompt_is_the_same(converted: tuple[Any, Path]) -> None:
+    differences, equal = compare(*converted, forced=True)
+    assert max(differences) < FORCED
+    assert equal > 0.99
+
+
+def test_running_free_most_merges_agree(converted: tuple[Any, Path], record_property: Any) -> None:
+    differences, equal = compare(*converted, forced=False)
+    record_property("largest drift", max(differences))
+    print(f"free-running: {equal:.4f} of the merges agree, largest difference {max(differences):.2e}")
+    assert equal > 0.97
+    assert max(differences[: SLOTS + 1]) < 1e-4  # nothing has been merged yet
+
+
+def test_blip2_without_text(tmp_path: Path) -> None:
+    model = hf_models.blip2()
+    checkpoint = load_huggingface(hf_models.save(model, tmp_path / "hf"))
+    manifest = convert(checkpoint, tmp_path / "bundle", OPTIONS)
+    assert manifest.dims.text_buckets == (0,) and manifest.tokenizer is None
+    differences, _ = compare(model, tmp_path / "bundle", forced=True)
+    assert max(differences) < FORCED
+
+
+def fine_tuned(folder: Path, table: torch.Tensor) -> Any:
+    """A model and its bundle with MA-LMM's `image_pe`."""
+    torch.manual_seed(2)
+    model = hf_models.instructblip()
+    checkpoint = replace(load_huggingface(hf_models.save(model, folder / "hf")), image_pe=table)
+    convert(checkpoint, folder / "bundle", OPTIONS)
+    return model
+
+
+def test_the_marker_of_a_fine_tuned_checkpoint_is_on_the_last_frame_alone(tmp_path: Path) -> None:
+    """Offline the reference marks frame T - 1, which is the row that its training filled: the last answer is the same."""
+    table = torch.zeros(120, 48)
+    table[len(FRAMES) - 1] = 3 * torch.randn(48)
+    model = fine_tuned(tmp_path, table)
+    assert Bundle.open(tmp_path / "bundle").manifest.positions.policy == "current"
+    differences, equal = compare(model, tmp_path / "bundle", forced=True, image_pe=table)
+    assert differences[-1] < FORCED
+    assert min(differences[:-1]) > 0.1  # ours answers with the marker after every frame, which changes the answer
+    assert equal > 0.99  # and what is banked has none of it
+
+
+def test_a_replay_sees_the_marker_in_its_last_step(tmp_path: Path) -> None:
+    """While nothing has been merged a replay is the online loop, so the same answer comes by both ways."""
+    table = torch.zeros(120, 48)
+    table[9] = 3 * torch.randn(48)
+    fine_tuned(tmp_path, table)
+    watching = Watching(tmp_path / "bundle")
+    for frame in FRAMES[: SLOTS + 1]:
+        watching.see(frame)
+        replayed, standing = watching.qformer.replay(watching.prompt).rows, watching.standing.answer().rows
+        assert np.abs(replayed - standing).max() < 1e-4
+
+
+def test_asking_does_not_change_what_is_banked(tmp_path: Path) -> None:
+    table = torch.zeros(120, 48)
+    table[9] = 3 * torch.randn(48)
+    fine_tuned(tmp_path, table)
+    asked, silent = Watching(tmp_path / "bundle"), Watching(tmp_path / "bundle")
+    for frame in FRAMES:
+        asked.see(frame)
+        silent.see(frame)
+        asked.standing.answer()
+    assert np.array_equal(asked.standing.answer().rows, silent.standing.answer().rows)
+
+
+def test_a_table_with_several_rows_is_refused(tmp_path: Path) -> None:
+    checkpoint = load_huggingface(hf_models.save(hf_models.instructblip(), tmp_path / "hf"))
+    with pytest.raises(CheckpointError, match="2 rows that are not zero"):
+        convert(replace(checkpoint, image_pe=torch.eye(120, 48)[:2]), tmp_path / "bundle", OPTIONS)
+    assert not (tmp_path / "bundle").exists() and not (tmp_path / "bundle.part").exists()
+
+
+def test_what_can_not_be_converted_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    checkpoint = load_huggingface(hf_models.save(hf_models.instructblip(), tmp_path / "hf"))
+    with pytest.raises(CheckpointError, match=r"without the Q-Former's text tokenizer.*--tokenizer"):
+        convert(replace(checkpoint, tokenizer=None), tmp_path / "bundle", OPTIONS)
+    with pytest.raises(UsageError, match="remembers nothing"):
+        convert(checkpoint, tmp_path / "bundle", replace(OPTIONS, memory_length=0))
+    with pytest.raises(UsageError, match="once"):
+        convert(checkpoint, tmp_path / "bundle", replace(OPTIONS, prompt="what?"))
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(UsageError, match="is no bundle"):
+        convert(checkpoint, tmp_path / "bundle", OPTIONS)
+    assert list((tmp_path / "bundle").iterdir()) == []
+
+
+def test_the_language_model_inside_goes_along(
+    converted: tuple[Any, Path], vocabulary: Path, tmp_path: Path
+) -> None:
+    folder = hf_models.save(hf_models.instructblip(text_vocab_size=701, text_hidden_size=64), tmp_path / "hf")
+    (folder / "tokenizer.model").write_bytes(vocabulary.read_bytes())
+    arguments = ["export", str(folder), "--out", str(tmp_path / "bundle"), "--llm-type", "Q8_0"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    with Session(Bundle.open(tmp_path / "bundle"), threads=1) as session:
+        for index, frame in enumerate(FRAMES[:3]):
+            session.see(Frame(frame, float(index), 0.0, index))
+        assert session.ask(hf_models.QUESTION).result.trace.first_token_ms > 0
+
+
+def test_opt_is_refused_and_its_visual_half_is_not(tmp_path: Path) -> None:
+    checkpoint = load_huggingface(hf_models.save(hf_models.blip2(text_model_type="opt"), tmp_path / "hf"))
+    with pytest.raises(CheckpointError, match=r"'opt' can't be converted.*--llm none"):
+        language_source(checkpoint, None)
+    assert language_source(checkpoint, "none") is None
+    convert(checkpoint, tmp_path / "bundle", OPTIONS)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    folder = hf_models.save(hf_models.instructblip(), tmp_path / "hf")
+    arguments = ["export", str(folder), "--out", str(tmp_path / "bundle"), "--llm", "none", "--memory-length", "6"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert bundle.manifest.dims.memory_length == 6 and not bundle.has_llm
+    assert bundle.manifest.provenance["files"]["model.safetensors"] == (folder / "model.safetensors").stat().st_size
