@@ -18,8 +18,8 @@ from keepsight.runtime.datasets import open_dataset
 from keepsight.runtime.evaluate import evaluate, summary
 from keepsight.streams import write_video
 
-PICTURES_AT_LEAST = 0.85
-PAST_AT_LEAST = {"standing": 0.5, "replay": 0.5}
+PICTURES_AT_LEAST = 0.95
+PAST_AT_LEAST = {"standing": 0.7, "replay": 0.7}
 CLIPS = {"bikes.mp4": 40, "carphone_pristine.mp4": 16, "bigbuckbunny.mp4": 21}  # frames at 4 a second
 
 
