@@ -6,16 +6,34 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from keepsight.streams.errors import MissingComponentError
+from keepsight.streams.errors import MissingComponentError, ParityError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from keepsight.export.checkpoints import Checkpoint
+    from keepsight.runtime.bundle import Bundle
+    from keepsight.runtime.parity import Report
+
+QUESTIONS = (
+    "what is the color of the shape?",
+    "what was there first?",
+    "is there a circle?",
+    "how many colors were there?",
+    "what happened before the end?",
+)
+"""What is asked where the user names no question of his own."""
 
 
 def commands(app: typer.Typer) -> None:
     """Add the export commands to `keepsight`."""
     app.command()(export)
+    app.command()(verify)
     app.command()(train)
 
 
@@ -41,15 +59,9 @@ def export(
 ) -> None:
     """Turn an InstructBLIP, BLIP-2 or MA-LMM checkpoint into a bundle of ONNX graphs (float32)."""
     _need("torch", "onnx", "transformers", "safetensors", "sentencepiece")
-    from keepsight.export import checkpoints
     from keepsight.export.convert import Conversion, convert, language_source
 
-    if checkpoint.is_dir():
-        model = checkpoints.load_huggingface(checkpoint)
-    else:
-        model = checkpoints.load_lavis(checkpoint, vision)
-    if fine_tuned is not None:
-        model = checkpoints.with_fine_tuned(model, fine_tuned)
+    model = _open(checkpoint, vision, fine_tuned)
     options = Conversion(
         memory_length=memory_length, sample_fps=sample_fps, prompt=prompt, llm=language_source(model, llm), llm_type=llm_type,
         tokenizer=tokenizer,
@@ -57,6 +69,86 @@ def export(
     with _shown() as progress:
         manifest = convert(model, out, options, progress=progress)
     typer.echo(f"{out}: {manifest.name}, {len(manifest.files)} files, positions {manifest.positions.policy!r}")
+
+
+def verify(
+    bundle: Annotated[str, typer.Argument(help="A bundle's directory, or `tiny`.")],
+    against: Annotated[
+        Path | None, typer.Option(help="The checkpoint that it was exported from; `tiny` carries its own.")
+    ] = None,
+    fine_tuned: Annotated[Path | None, typer.Option(help="As it was exported with.")] = None,
+    vision: Annotated[Path | None, typer.Option(help="As it was exported with.")] = None,
+    clip: Annotated[str | None, typer.Option(help="A video or directory of pictures [default: synthetic scenes].")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to use at most [default: 5 memory lengths and one].")] = None,
+    question: Annotated[list[str] | None, typer.Option(help="To ask; may be given several times.")] = None,
+    out: Annotated[Path, typer.Option(help="Where parity.json and parity.html go.")] = Path("."),
+) -> None:
+    """Compare a bundle with what it was made from: every graph, the memory over a stream, and the answers."""
+    _need("torch", "onnx", "transformers", "safetensors")
+    from keepsight.export import verify as check
+    from keepsight.runtime.bundle import Bundle
+    from keepsight.runtime.parity import write_report
+
+    # Hashes are not checked here: the question is what the files compute.
+    opened = Bundle.open(bundle, verify=False)
+    dims = opened.manifest.dims
+    count = frames or 5 * dims.memory_length + 1
+    pictures = check.synthetic_clip(count, dims.image_size) if clip is None else _read_clip(opened, clip, count)
+    source = check.source_of(opened, None if against is None else _open(against, vision, fine_tuned))
+    name = f"{len(pictures)} frames of {clip or 'synthetic scenes'}"
+    with _shown() as progress:
+        report = check.verify(opened, source, pictures, question or QUESTIONS, clip=name, progress=progress)
+    written = write_report(report, out)
+    _print_parity(report)
+    typer.echo(f"written to {written[0]} and {written[1].name}")
+    if not report.passed:
+        more = f" ({len(report.failures)} in all)" if len(report.failures) > 1 else ""
+        raise ParityError(f"{opened.manifest.name} is not what it was made from: {report.failures[0]}{more}.")
+
+
+def _read_clip(bundle: Bundle, clip: str, count: int) -> NDArray[np.uint8]:
+    """The first frames of a clip, scaled and sampled as the manifest says."""
+    import numpy as np
+
+    from keepsight.streams import Source
+
+    pictures, preprocessing = [], bundle.manifest.preprocessing
+    size = (preprocessing.width, preprocessing.height)
+    with Source(clip, size=size, aspect=preprocessing.aspect, fps=bundle.manifest.sample_fps) as source:
+        for frame in source:
+            pictures.append(frame.image)
+            if len(pictures) == count:
+                break
+    return np.stack(pictures)
+
+
+def _print_parity(report: Report) -> None:
+    """The report's figures as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("what", "largest difference", "limit", "cosine")
+    rows = [(f"{name}: {out}", apart) for name, graph in report.graphs.items() for out, apart in graph.outputs.items()]
+    rows += [(f"soft prompt after {row.frames} frames, merges forced", row.forced) for row in report.drift]
+    for what, apart in rows:
+        style = None if apart.passed else "bold red"
+        table.add_row(what, f"{apart.largest:.1e}", f"{apart.limit:.0e}", f"{apart.cosine:.7f}", style=style)
+    for row in report.drift:
+        table.add_row(f"soft prompt after {row.frames} frames, free", f"{row.free.largest:.1e}", "-", f"{row.free.cosine:.7f}")
+    console = Console()
+    console.print(table)
+    for bank, share in report.merges.items():
+        console.print(f"merge decisions of the {bank} bank that agree: {share:.2%}")
+    if report.language is not None:
+        console.print(f"next token: KL {report.language.mean_kl:.1e} nats; answers that agree: {report.language.agreement:.0%}")
+    console.print("[green]passed[/]" if report.passed else "[bold red]failed[/]")
+
+
+def _open(checkpoint: Path, vision: Path | None, fine_tuned: Path | None) -> Checkpoint:
+    from keepsight.export import checkpoints
+
+    model = checkpoints.load_huggingface(checkpoint) if checkpoint.is_dir() else checkpoints.load_lavis(checkpoint, vision)
+    return model if fine_tuned is None else checkpoints.with_fine_tuned(model, fine_tuned)
 
 
 @contextmanager

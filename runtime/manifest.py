@@ -45,7 +45,7 @@ SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 
 # Made after the export, on the machine that runs the bundle: not part of what the manifest vouches for.
-_MADE_LATER = ("engines/", "parity.json")
+_MADE_LATER = ("engines/", "parity.json", "parity.html")
 
 
 def _inside(name: str) -> str:

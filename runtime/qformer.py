@@ -57,16 +57,19 @@ class QFormer:
         bundle: an opened bundle.
         memory: how both banks make room; `mbc` is MA-LMM's and what the weights were trained with.
         threads: CPU threads of each graph.
+        engines: the graphs, already loaded, by name; by default ONNX Runtime on the CPU loads them.
 
     Raises:
         EngineError: a graph can't be loaded, or not on the provider asked for.
     """
 
-    def __init__(self, bundle: Bundle, *, memory: Policy = "mbc", threads: int = 1) -> None:
+    def __init__(
+        self, bundle: Bundle, *, memory: Policy = "mbc", threads: int = 1, engines: Mapping[str, Engine] | None = None
+    ) -> None:
         self.bundle, self.policy = bundle, memory
         dims = bundle.manifest.dims
         self.dims = dims
-        self._engines: dict[str, Engine] = {
+        self._engines: Mapping[str, Engine] = engines or {
             name: OnnxRuntimeEngine(bundle.graph_path(name), threads=threads) for name in bundle.manifest.graphs
         }
         crosses = len(dims.cross_layers)

@@ -13,7 +13,8 @@ KeepsightError                                         1  internal
 ├── EngineError           (RuntimeError)              10  engine
 ├── LLMError              (RuntimeError)              11  llm
 ├── DatasetError          (ValueError)                12  dataset
-└── CheckpointError       (ValueError)                13  checkpoint
+├── CheckpointError       (ValueError)                13  checkpoint
+└── ParityError           (ArithmeticError)           14  parity
 ```
 
 The built-in beside each name is its second base, so code that knows only Python can still catch it. The number is
@@ -36,6 +37,7 @@ __all__ = [
     "MissingComponentError",
     "MissingModelError",
     "NoFrameError",
+    "ParityError",
     "SourceLostError",
     "SourceNotFoundError",
     "SourceUnreadableError",
@@ -155,3 +157,10 @@ class CheckpointError(KeepsightError, ValueError):
 
     exit_code: ClassVar[int] = 13
     kind: ClassVar[str] = "checkpoint"
+
+
+class ParityError(KeepsightError, ArithmeticError):
+    """A bundle does not compute what it was made from, or not what another machine computed."""
+
+    exit_code: ClassVar[int] = 14
+    kind: ClassVar[str] = "parity"

@@ -1,0 +1,336 @@
+"""Is a bundle still what it was made from? Every graph against PyTorch, then the memory over a stream, then the answers.
+
+Three questions, each on the same clip: does each graph give what its module gives for the inputs it met there; does the soft
+prompt, after 1, M, 2M and 5M frames, equal that of MA-LMM's plain loop (`export/plainloop.py`), with the bundle's merges forced
+on it and without; and does the language model say the same of both soft prompts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from keepsight.export.checkpoints import Checkpoint
+from keepsight.export.convert import positioned
+from keepsight.export.eva import EvaVision
+from keepsight.export.graphs import GRAPHS, export_qformer
+from keepsight.export.locate import changed_weights, first_difference
+from keepsight.export.plainloop import PlainLoop, Said
+from keepsight.export.qformer import QFormer
+from keepsight.export.streamed import export_streamed
+from keepsight.export.vision import export_vision, pretrained_vision
+from keepsight.export.weights import INDEX, load_qformer
+from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.engine import Engine, OnnxRuntimeEngine, TensorSpec
+from keepsight.runtime.llm import LLM, Segment, render
+from keepsight.runtime.parity import Drift, GraphParity, LanguageParity, Report, difference
+from keepsight.runtime.qformer import QFormer as DeployedQFormer
+from keepsight.runtime.qformer import StandingQuestion
+from keepsight.runtime.session import load_llm
+from keepsight.streams.errors import CheckpointError, UsageError
+
+__all__ = ["GRAPH_LIMIT", "PROMPT_LIMIT", "Source", "source_of", "synthetic_clip", "verify"]
+
+GRAPH_LIMIT, PROMPT_LIMIT = 1e-4, 1e-3
+"""Largest difference, in units of the reference's spread where that is above 1: of one graph, and of the soft prompt."""
+
+_TINY = "keepsight-tiny"
+Arrays = Mapping[str, NDArray[Any]]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a bundle was made from.
+
+    Attributes:
+        name: for the report.
+        vision: makes the visual encoder: frames uint8 `[B, S, S, 3]` to features `[B, N, C]`.
+        qformer: with its position tables.
+        export_vision: writes the encoder's graph anew, to find where a difference begins.
+    """
+
+    name: str
+    vision: Callable[[], nn.Module]
+    qformer: QFormer
+    export_vision: Callable[[Path], None]
+
+
+def source_of(bundle: Bundle, checkpoint: Checkpoint | None) -> Source:
+    """The modules of a checkpoint, or those of the bundle's own: published encoder weights and the Q-Former's stored ones.
+
+    Raises:
+        CheckpointError: the bundle was converted from a checkpoint, which must be named.
+    """
+    if checkpoint is not None:
+        model = checkpoint
+
+        def write(path: Path) -> None:
+            frames = {"frames": _blank(model.vision.image_size)}
+            export_streamed(lambda: EvaVision(model.vision), model.vision_tensors, frames, ["features"], path)
+
+        return Source(model.name, model.load_vision, positioned(model)[0], write)
+    if bundle.manifest.name != _TINY or not (bundle.path / INDEX).is_file():
+        raise CheckpointError(
+            f"{bundle.manifest.name} must be verified against what it was made from.",
+            fix="Name it: --against CHECKPOINT, with the options that it was exported with.",
+        )
+    qformer = load_qformer(bundle.path)
+    return Source("its published encoder and its own Q-Former weights", pretrained_vision, qformer, export_vision)
+
+
+def synthetic_clip(count: int, size: int, *, seed: int = 0) -> NDArray[np.uint8]:
+    """Frames uint8 `[count, size, size, 3]` where no video is at hand: coarse random scenes of 5 frames each, with noise."""
+    rng = np.random.default_rng(seed)
+    cells = 7
+    places = np.arange(size) * cells // size
+    scenes = rng.integers(20, 236, (-(-count // 5), cells, cells, 3))[:, places][:, :, places]
+    noise = rng.integers(-15, 16, (count, size, size, 3))
+    return (scenes[np.arange(count) // 5] + noise).astype(np.uint8)
+
+
+def verify(
+    bundle: Bundle,
+    source: Source,
+    frames: NDArray[np.uint8],
+    questions: Sequence[str],
+    *,
+    clip: str,
+    progress: Progress | None = None,
+) -> Report:
+    """Measure a bundle against its source on frames uint8 `[T, S, S, 3]`, with one standing question per soft prompt series.
+
+    The first question is carried along the clip; all are asked at its end.
+
+    Raises:
+        UsageError: no frames, or no question.
+    """
+    if not len(frames) or not questions:
+        raise UsageError("verifying needs at least one frame and one question.")
+    tell = progress or (lambda what, done, total: None)
+    report = Report(bundle.manifest.name, source.name, clip)
+    watched = _watch(bundle, frames, questions, tell)
+    report.graphs = _compare_graphs(bundle, source, watched, tell)
+    said = _compare_streams(report, bundle, source, watched, tell)
+    if bundle.has_llm:
+        with load_llm(bundle, None) as llm:
+            report.language = _compare_answers(bundle, llm, watched.answers, said)
+    return report
+
+
+# -- the deployed side ---------------------------------------------------------------------------------------------------
+
+
+class _Tap:
+    """An engine that keeps the feeds and outputs of its newest run."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.newest: tuple[Arrays, Arrays] | None = None
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        return self._engine.inputs
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        return self._engine.outputs
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        results = self._engine.run(feeds)
+        self.newest = {name: feeds[name].copy() for name in self._engine.inputs}, results  # in the graph's order
+        return results
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """What the bundle made of the clip.
+
+    Attributes:
+        runs: feeds and outputs of each graph's last run.
+        text_ids: of every question, without padding.
+        features: `[T, N, C]`.
+        soft_prompts: after each frame, of the first question `[T, Q, n_embd]`.
+        merges: after each frame but the last, the visual bank's and those of the banked layers, for real rows.
+        answers: by question, the soft prompt at the end.
+    """
+
+    runs: Mapping[str, tuple[Arrays, Arrays]]
+    text_ids: Mapping[str, list[int]]
+    features: NDArray[np.float32]
+    soft_prompts: NDArray[np.float32]
+    merges: list[tuple[NDArray[np.intp], dict[int, NDArray[np.intp]]] | None]
+    answers: Mapping[str, NDArray[np.float32]]
+
+
+def _watch(bundle: Bundle, frames: NDArray[np.uint8], questions: Sequence[str], tell: Progress) -> _Watched:
+    """Run the bundle over the clip as `ask` does, every question standing; times follow the manifest's frame rate."""
+    taps = {name: _Tap(OnnxRuntimeEngine(bundle.graph_path(name))) for name in bundle.manifest.graphs}
+    qformer = DeployedQFormer(bundle, engines=taps)
+    prompts = {question: qformer.prompt(bundle.manifest.templates.qformer_text(question)) for question in questions}
+    standing = {question: qformer.stand(prompt) for question, prompt in prompts.items()}
+    first = standing[questions[0]]
+    features, soft, merges = [], [], []
+    for index, frame in enumerate(frames):
+        features.append(qformer.encode(frame[None])[0])
+        qformer.remember(features[-1], index / bundle.manifest.sample_fps)
+        for carried in standing.values():
+            carried.step(index / bundle.manifest.sample_fps)
+        if index:
+            merges.append(_merges(qformer, first))
+        soft.append(first.answer().rows)
+        tell("the bundle", index + 1, len(frames))
+    answers = {question: carried.answer().rows for question, carried in standing.items()}
+    qformer.replay(first.prompt)
+    runs = {name: tap.newest for name, tap in taps.items() if tap.newest is not None}
+    qformer.close()
+    ids = {question: _text_ids(bundle, question) for question in questions}
+    return _Watched(runs, ids, np.stack(features), np.stack(soft), [*merges, None], answers)
+
+
+def _merges(
+    qformer: DeployedQFormer, standing: StandingQuestion
+) -> tuple[NDArray[np.intp], dict[int, NDArray[np.intp]]] | None:
+    """What both banks merged before the newest frame, which is what the reference merges after the one before."""
+    visual = qformer.bank.last_merge[0].astype(np.intp)
+    if visual[0] < 0:
+        return None
+    real = standing.prompt.row_mask > 0
+    query = standing.bank.last_merge[:, real].astype(np.intp)
+    return visual, dict(enumerate(query, start=1))
+
+
+def _text_ids(bundle: Bundle, question: str) -> list[int]:
+    if bundle.tokenizer is None:
+        return []
+    text = bundle.manifest.templates.qformer_text(question)
+    ids, mask = bundle.tokenizer.encode(text, bundle.manifest.dims.text_buckets)
+    return [int(token) for token, real in zip(ids, mask, strict=True) if real]
+
+
+# -- graph by graph ------------------------------------------------------------------------------------------------------
+
+
+def _compare_graphs(bundle: Bundle, source: Source, watched: _Watched, tell: Progress) -> dict[str, GraphParity]:
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        _export_anew(bundle, source, Path(folder))
+        for index, (name, (feeds, outputs)) in enumerate(watched.runs.items()):
+            module = source.vision() if name == "vision" else GRAPHS[name][0](source.qformer)
+            wanted = _run_module(module, feeds, list(outputs))
+            apart = {output: difference(value, wanted[output], GRAPH_LIMIT) for output, value in outputs.items()}
+            graph, fresh = bundle.graph_path(name), Path(folder) / f"{name}.onnx"
+            over = not all(output.passed for output in apart.values())
+            located = first_difference(graph, fresh, feeds, GRAPH_LIMIT) if over else None
+            results[name] = GraphParity(apart, located, tuple(changed_weights(graph, fresh)))
+            tell("graphs", index + 1, len(watched.runs))
+    return results
+
+
+@torch.no_grad()
+def _run_module(module: nn.Module, feeds: Arrays, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
+    values = module.eval()(*(torch.from_numpy(np.ascontiguousarray(value)) for value in feeds.values()))
+    several: tuple[Tensor, ...] = values if isinstance(values, tuple) else (values,)
+    return {name: value.numpy() for name, value in zip(outputs, several, strict=True)}
+
+
+def _export_anew(bundle: Bundle, source: Source, folder: Path) -> None:
+    """The source's graphs, to compare the bundle's with, weight by weight and node by node."""
+    dims = bundle.manifest.dims
+    source.export_vision(folder / "vision.onnx")
+    export_qformer(
+        source.qformer, folder, slots=dims.slots, tokens=dims.tokens, text=dims.text_buckets[0], half_storage=False
+    )
+
+
+# -- over the stream -----------------------------------------------------------------------------------------------------
+
+
+def _compare_streams(
+    report: Report, bundle: Bundle, source: Source, watched: _Watched, tell: Progress
+) -> dict[str, NDArray[np.float32]]:
+    """Fill in `drift` and `merges`; returns the reference's soft prompt of every question at the end, merges not forced.
+
+    The reference reads the bundle's features: the encoder has been compared by itself.
+    """
+    manifest, questions = bundle.manifest, list(watched.text_ids)
+    loops = {question: PlainLoop(source.qformer, manifest, watched.text_ids[question]) for question in questions}
+    forced = PlainLoop(source.qformer, manifest, watched.text_ids[questions[0]])
+    marks = _marks(manifest.dims.memory_length, len(watched.features))
+    agreed: dict[str, list[bool]] = {"visual": [], "query": []}
+    said: dict[str, Said] = {}
+    for index, features in enumerate(watched.features):
+        time_s, merge = index / manifest.sample_fps, watched.merges[index]
+        told = forced.see(
+            features, time_s, visual_merge=merge[0] if merge else None, query_merge=merge[1] if merge else None
+        )
+        said = {question: loop.see(features, time_s) for question, loop in loops.items()}
+        free = said[questions[0]]
+        if merge is not None:
+            _count(agreed, free, merge, manifest.dims.queries)
+        if index + 1 in marks:
+            rows = watched.soft_prompts[index]
+            apart = (difference(rows, other.soft_prompt.numpy(), PROMPT_LIMIT) for other in (told, free))
+            report.drift.append(Drift(index + 1, *apart))
+        tell("PyTorch", index + 1, len(watched.features))
+    report.merges = {bank: float(np.mean(equal)) for bank, equal in agreed.items() if equal}
+    return {question: one.soft_prompt.numpy() for question, one in said.items()}
+
+
+def _marks(length: int, frames: int) -> set[int]:
+    """1, M, 2M and 5M frames, as far as the clip goes, and its end."""
+    return {count for count in (1, length, 2 * length, 5 * length) if count <= frames} | {frames}
+
+
+def _count(
+    agreed: dict[str, list[bool]], said: Said, merge: tuple[NDArray[np.intp], dict[int, NDArray[np.intp]]], queries: int
+) -> None:
+    """Equal decisions. Layer 1's text rows are the same at every frame: whatever is merged there, the bank stays the same."""
+    if said.visual_choice is not None:
+        agreed["visual"] += (said.visual_choice == merge[0]).tolist()
+    for layer, rows in merge[1].items():
+        chosen = said.query_choice[layer]
+        if chosen is not None:
+            agreed["query"] += (chosen == rows)[: queries if layer == 1 else None].tolist()
+
+
+# -- the language model --------------------------------------------------------------------------------------------------
+
+
+def _compare_answers(bundle: Bundle, llm: LLM, deployed: Arrays, reference: Arrays) -> LanguageParity:
+    divergences, answers = [], {}
+    for question, rows in deployed.items():
+        told = [_segments(bundle, question, soft) for soft in (reference[question], rows)]
+        p, q = (_log_softmax(llm.logits(segments)) for segments in told)
+        divergences.append(float((np.exp(p) * (p - q)).sum()))
+        decoding = bundle.manifest.decoding
+        texts = [llm.answer(segments, max_tokens=min(24, decoding.max_tokens), stop=decoding.stop).text for segments in told]
+        answers[question] = (texts[0].strip(), texts[1].strip())
+    return LanguageParity(float(np.mean(divergences)), float(np.max(divergences)), answers)
+
+
+def _segments(bundle: Bundle, question: str, rows: NDArray[np.float32]) -> list[Segment]:
+    return render(bundle.manifest.templates.llm, video=rows, question=question)
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    values = logits.astype(np.float64)
+    values -= values.max()
+    return values - np.log(np.exp(values).sum())
+
+
+def _blank(size: int) -> Tensor:
+    return torch.zeros(1, size, size, 3, dtype=torch.uint8)
+
+

@@ -1,0 +1,284 @@
+"""How far two computations of the same thing are apart, and the report that says so: parity.json and a page to look at."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keepsight.streams.errors import UsageError
+
+__all__ = ["ChangedWeight", "Difference", "Drift", "GraphParity", "LanguageParity", "Located", "Report", "difference", "write_report"]
+
+JSON_FILE, PAGE_FILE = "parity.json", "parity.html"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One array against its reference.
+
+    Attributes:
+        largest, mean: of the absolute difference, in units of the reference's spread where that is above 1.
+        cosine: of the two arrays, flattened; 1 for two arrays of zeros.
+        limit: what `largest` may be.
+    """
+
+    largest: float
+    mean: float
+    cosine: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """False for nan, too."""
+        return self.largest <= self.limit
+
+
+def difference(value: NDArray[Any], reference: NDArray[Any], limit: float) -> Difference:
+    """Compare two arrays of the same shape, in float64."""
+    a, b = np.asarray(value, np.float64), np.asarray(reference, np.float64)
+    if a.shape != b.shape:
+        raise UsageError(f"an array of {list(a.shape)} can't be compared with one of {list(b.shape)}.")
+    if not a.size:
+        return Difference(0.0, 0.0, 1.0, limit)
+    apart = np.abs(a - b) / max(1.0, float(b.std()))
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    cosine = float((a * b).sum() / norms) if norms else float(not a.any() and not b.any())
+    return Difference(float(apart.max()), float(apart.mean()), cosine, limit)
+
+
+@dataclass(frozen=True)
+class Located:
+    """The first node of a graph that differs: its name, its operator, the tensor, and its inputs that differ already."""
+
+    node: str
+    operator: str
+    tensor: str
+    largest: float
+    inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChangedWeight:
+    """A weight that is not the source's, and the first node that reads it."""
+
+    weight: str
+    node: str
+    operator: str
+
+
+@dataclass(frozen=True)
+class GraphParity:
+    """One graph on real inputs: each output, where a difference over the limit begins, and the weights that changed."""
+
+    outputs: dict[str, Difference]
+    first_difference: Located | None = None
+    changed_weights: tuple[ChangedWeight, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.changed_weights and all(output.passed for output in self.outputs.values())
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The soft prompt after some frames: with the reference's banks made to merge what the bundle's did, and left alone."""
+
+    frames: int
+    forced: Difference
+    free: Difference
+
+
+@dataclass(frozen=True)
+class LanguageParity:
+    """What the language model makes of both soft prompts.
+
+    Attributes:
+        kl: mean and largest KL divergence of the next token's distribution, in nats, over the questions.
+        answers: for each question the reference's and the bundle's greedy answer.
+    """
+
+    mean_kl: float
+    largest_kl: float
+    answers: dict[str, tuple[str, str]]
+
+    @property
+    def agreement(self) -> float:
+        """Share of answers that are equal."""
+        return sum(a == b for a, b in self.answers.values()) / max(1, len(self.answers))
+
+
+@dataclass
+class Report:
+    """What `keepsight verify` measured.
+
+    Attributes:
+        bundle, against, clip: names of what was compared, and of the frames that it was compared on.
+        graphs: by name.
+        drift: by number of frames.
+        merges: share of merge decisions that agree when both sides are left alone; None where nothing merged.
+        language: None for a bundle without a language model.
+    """
+
+    bundle: str
+    against: str
+    clip: str
+    graphs: dict[str, GraphParity] = field(default_factory=dict)
+    drift: list[Drift] = field(default_factory=list)
+    merges: dict[str, float] = field(default_factory=dict)
+    language: LanguageParity | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Every output within its limit, and every soft prompt with merges forced. Free running is shown, not judged."""
+        return not self.failures
+
+    @property
+    def failures(self) -> list[str]:
+        """What is over its limit, one line each."""
+        lines = []
+        for name, graph in self.graphs.items():
+            for output, apart in graph.outputs.items():
+                if not apart.passed:
+                    lines.append(f"{name}: {output} differs by {apart.largest:.2e} (limit {apart.limit:.0e}){_where(graph)}")
+            for weight in graph.changed_weights:
+                lines.append(f"{name}: {weight.weight}, read by the node {weight.node} ({weight.operator}), is not the source's")
+        for row in self.drift:
+            if not row.forced.passed:
+                lines.append(
+                    f"soft prompt after {row.frames} frames, merges forced: differs by {row.forced.largest:.2e} "
+                    f"(limit {row.forced.limit:.0e})"
+                )
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """For parity.json."""
+        content = asdict(self)
+        content["passed"], content["failures"] = self.passed, self.failures
+        if self.language is not None:
+            content["language"]["agreement"] = self.language.agreement
+        return content
+
+
+def _where(graph: GraphParity) -> str:
+    found = graph.first_difference
+    if found is None:
+        return ""
+    after = f" (its inputs {', '.join(found.inputs)} differ)" if found.inputs else ""
+    return f"; it begins at the node {found.node} ({found.operator}), tensor {found.tensor}{after}"
+
+
+def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
+    """Write parity.json and parity.html to `folder`; returns their paths.
+
+    Raises:
+        UsageError: the folder can't be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / JSON_FILE).write_text(json.dumps(report.as_dict(), indent=2, allow_nan=True) + "\n", encoding="utf-8")
+        (folder / PAGE_FILE).write_text(_page(report), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{folder} can't be written to ({error.strerror}).", fix="Name a folder: --out FOLDER.") from error
+    return folder / JSON_FILE, folder / PAGE_FILE
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
+table { border-collapse: collapse; margin: 1rem 0; }
+td, th { padding: .25rem .75rem; text-align: left; border-bottom: 1px solid #ddd; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.bad { color: #b00020; font-weight: 600; } .good { color: #1b6e35; }
+"""
+
+
+def _page(report: Report) -> str:
+    verdict = '<span class="good">passed</span>' if report.passed else '<span class="bad">failed</span>'
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Parity of {_text(report.bundle)}</title>",
+        f"<style>{_STYLE}</style>",
+        f"<h1>Parity of {_text(report.bundle)}: {verdict}</h1>",
+        f"<p>Against {_text(report.against)}, on {_text(report.clip)}.</p>",
+        "".join(f'<p class="bad">{_text(line)}</p>' for line in report.failures),
+        "<h2>Graphs</h2>",
+        _graph_table(report.graphs),
+        "<h2>Soft prompt over the stream</h2>" + _drift_plot(report.drift) if report.drift else "",
+        _merge_lines(report.merges),
+        _language_table(report.language) if report.language is not None else "",
+    ]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def _graph_table(graphs: Mapping[str, GraphParity]) -> str:
+    rows = []
+    for name, graph in graphs.items():
+        for output, apart in graph.outputs.items():
+            kind = "number" if apart.passed else "number bad"
+            rows.append(
+                f"<tr><td>{_text(name)}</td><td>{_text(output)}</td><td class='{kind}'>{apart.largest:.2e}</td>"
+                f"<td class=number>{apart.limit:.0e}</td><td class=number>{apart.mean:.2e}</td>"
+                f"<td class=number>{apart.cosine:.9f}</td></tr>"
+            )
+    head = "<tr><th>graph<th>output<th>largest difference<th>limit<th>mean<th>cosine</tr>"
+    return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _drift_plot(drift: list[Drift]) -> str:
+    """Largest difference on a logarithmic axis over the frames: merges forced, free-running, and the limit."""
+    width, height, left, bottom = 640, 260, 70, 40
+    lowest, highest = -8.0, 1.0
+    span = max(row.frames for row in drift) or 1
+
+    def place(frames: int, value: float) -> str:
+        level = min(highest, max(lowest, math.log10(max(value, 1e-12)) if math.isfinite(value) else highest))
+        x = left + (width - left - 10) * frames / span
+        return f"{x:.1f},{(height - bottom) * (highest - level) / (highest - lowest) + 5:.1f}"
+
+    lines = []
+    for kind, colour in (("forced", "#1b6e35"), ("free", "#b06000")):
+        points = [place(row.frames, getattr(row, kind).largest) for row in drift]
+        dots = "".join(f"<circle cx='{p.split(',')[0]}' cy='{p.split(',')[1]}' r=3 fill='{colour}' />" for p in points)
+        lines.append(f"<polyline points='{' '.join(points)}' fill=none stroke='{colour}' stroke-width=2 />{dots}")
+    limit = drift[0].forced.limit
+    lines.append(
+        f"<polyline points='{place(0, limit)} {place(span, limit)}' fill=none stroke='#888' stroke-dasharray='4 4' />"
+    )
+    for power in range(int(lowest), int(highest) + 1, 3):
+        x, y = place(0, 10.0**power).split(",")
+        lines.append(f"<text x='{float(x) - 8}' y='{float(y) + 4}' text-anchor=end font-size=12>1e{power}</text>")
+    for row in drift:
+        x = place(row.frames, 1).split(",")[0]
+        lines.append(f"<text x='{x}' y='{height - 18}' text-anchor=middle font-size=12>{row.frames}</text>")
+    lines.append(f"<text x='{width / 2}' y='{height - 2}' text-anchor=middle font-size=12>frames</text>")
+    legend = (
+        "<p>Largest difference of the soft prompt: <span style='color:#1b6e35'>with the same merges</span>, "
+        "<span style='color:#b06000'>each merging what it finds</span>; the limit is dashed and holds for the first.</p>"
+    )
+    return f"<svg width={width} height={height} role=img>{''.join(lines)}</svg>{legend}"
+
+
+def _merge_lines(merges: Mapping[str, float]) -> str:
+    return "".join(f"<p>Merge decisions of the {_text(bank)} bank that agree: {share:.2%}.</p>" for bank, share in merges.items())
+
+
+def _language_table(language: LanguageParity) -> str:
+    rows = "".join(
+        f"<tr><td>{_text(question)}<td>{_text(theirs)}<td class='{'good' if theirs == ours else 'bad'}'>{_text(ours)}</tr>"
+        for question, (theirs, ours) in language.answers.items()
+    )
+    return (
+        f"<h2>Language model</h2><p>KL divergence of the next token: mean {language.mean_kl:.2e}, largest "
+        f"{language.largest_kl:.2e} nats. {language.agreement:.0%} of the answers agree.</p>"
+        f"<table><tr><th>question<th>reference<th>bundle</tr>{rows}</table>"
+    )
+
+
+def _text(value: str) -> str:
+    return html.escape(value)
