@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 
 from keepsight.streams.errors import UsageError
 
-__all__ = ["ChangedWeight", "Difference", "Drift", "GraphParity", "LanguageParity", "Located", "Report", "difference", "write_report"]
+__all__ = [
+    "ChangedWeight",
+    "Difference",
+    "Drift",
+    "GraphParity",
+    "LanguageParity",
+    "Located",
+    "Report",
+    "difference",
+    "write_report",
+]
 
 JSON_FILE, PAGE_FILE = "parity.json", "parity.html"
 
