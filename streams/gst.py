@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import sys
 import sysconfig
@@ -76,6 +78,7 @@ def load_gst() -> Any:
 
 @lru_cache(maxsize=1)
 def _load() -> Any:
+    _put_unwinder_first()
     if "gi" not in sys.modules and importlib.util.find_spec("gi") is None:
         _import_system_gi()
     try:
@@ -94,6 +97,17 @@ def _load() -> Any:
     if not Gst.is_initialized():
         raise MissingComponentError("GStreamer's libraries are here but refuse to start.", fix=_INSTALL)
     return Gst
+
+
+def _put_unwinder_first() -> None:
+    """Make the compiler's own unwinder the one that every library finds.
+
+    GStreamer brings in libunwind, which defines the same symbols. Whatever is loaded after it (ONNX Runtime, llama.cpp,
+    PyTorch) would mix the two, and the next C++ exception inside it would abort the process instead of being caught.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a system without libgcc has no such clash
+            ctypes.CDLL("libgcc_s.so.1", mode=ctypes.RTLD_GLOBAL)
 
 
 def _import_system_gi() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,3 +156,18 @@ def test_a_tensor_type_that_is_not_handled_is_named(tmp_path):
     path = save_graph(tmp_path / "text.onnx", [("Identity", ["t"], ["u"])], {"t": (text, [1])}, {"u": (text, [1])})
     with pytest.raises(EngineError, match=r"'t' of text.onnx is a tensor\(string\)"):
         OnnxRuntimeEngine(path)
+
+
+def test_an_exception_after_gstreamer_was_loaded_is_an_error_and_no_abort(tmp_path: Path) -> None:
+    """GStreamer brings a second unwinder into the process; ONNX Runtime, loaded after it, must not meet it."""
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    code = (
+        "from keepsight.streams.gst import load_gst; load_gst()\n"
+        "from keepsight.runtime.engine import OnnxRuntimeEngine\n"
+        "from keepsight.streams.errors import EngineError\n"
+        "import sys\n"
+        "try:\n    OnnxRuntimeEngine(sys.argv[1])\n"
+        "except EngineError as error:\n    print('refused:', error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "broken.onnx")], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("refused:"), (done.returncode, done.stderr)
