@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -53,18 +53,19 @@ def export(
     ] = None,
     memory_length: Annotated[int, typer.Option(help="Slots of the memory.")] = 20,
     sample_fps: Annotated[float, typer.Option(help="Frames per second that go into the memory.")] = 1.0,
+    precision: Annotated[Literal["fp32", "fp16"], typer.Option(help="Of the graphs' matrix products.")] = "fp32",
     prompt: Annotated[
         str, typer.Option(help="How a question is put; MA-LMM's QA checkpoints: 'Question: {question} Short answer:'.")
     ] = "{question}",
 ) -> None:
-    """Turn an InstructBLIP, BLIP-2 or MA-LMM checkpoint into a bundle of ONNX graphs (float32)."""
+    """Turn an InstructBLIP, BLIP-2 or MA-LMM checkpoint into a bundle of ONNX graphs."""
     _need("torch", "onnx", "transformers", "safetensors", "sentencepiece")
     from keepsight.export.convert import Conversion, convert, language_source
 
     model = _open(checkpoint, vision, fine_tuned)
     options = Conversion(
         memory_length=memory_length, sample_fps=sample_fps, prompt=prompt, llm=language_source(model, llm), llm_type=llm_type,
-        tokenizer=tokenizer,
+        precision=precision, tokenizer=tokenizer,
     )  # fmt: skip
     with _shown() as progress:
         manifest = convert(model, out, options, progress=progress)

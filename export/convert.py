@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,11 +39,12 @@ from keepsight.runtime.manifest import (
 )
 from keepsight.streams.errors import CheckpointError, UsageError
 
-__all__ = ["Conversion", "convert", "language_source", "positioned"]
+__all__ = ["Conversion", "Precision", "convert", "language_source", "positioned"]
 
 LLM_FILE = "llm.gguf"
 _BUCKETS = (16, 32, 64, 128)
 
+Precision = Literal["fp32", "fp16"]
 Progress = Callable[[str, int, int], None]
 """Called with what is being written, how much of it is done, and of how much."""
 
@@ -58,6 +59,7 @@ class Conversion:
         prompt: how a question is put to the Q-Former and the language model alike, with `{question}`.
         llm: a GGUF file, or a LLaMA to convert; None for a bundle that ends at the soft prompt.
         llm_type: of a converted LLaMA's matrices, one of `QUANTISATIONS`.
+        precision: of the graphs; fp16 computes matrix products and convolutions in float16 (`export/half.py`).
         tokenizer: the Q-Former's tokenizer, if it does not lie beside the checkpoint.
     """
 
@@ -66,11 +68,12 @@ class Conversion:
     prompt: str = "{question}"
     llm: Path | LanguageSource | None = None
     llm_type: str = "F16"
+    precision: Precision = "fp32"
     tokenizer: Path | None = None
 
 
 def convert(checkpoint: Checkpoint, out: Path, options: Conversion, *, progress: Progress | None = None) -> Manifest:
-    """Write a bundle of float32 graphs to `out`, which appears when it is complete: until then it is `NAME.part` beside it.
+    """Write a bundle to `out`, which appears when it is complete: until then it is `NAME.part` beside it.
 
     Raises:
         UsageError: `out` is there and is no bundle, or an option makes no sense.
@@ -164,11 +167,15 @@ def _write(
         ["features"],
         folder / "vision.onnx",
         dynamic_axes={"frames": {0: "batch"}, "features": {0: "batch"}},
+        half_compute=options.precision == "fp16",
         progress=lambda done, total: progress("visual encoder", done, total),
     )
     progress("Q-Former", 0, 1)
     slots = options.memory_length + 1
-    graphs = export_qformer(qformer, folder, slots=slots, tokens=vision.tokens, text=text[0], half_storage=False)
+    graphs = export_qformer(
+        qformer, folder, slots=slots, tokens=vision.tokens, text=text[0], half_storage=False,
+        half_compute=options.precision == "fp16",
+    )  # fmt: skip
     store_weights(qformer, folder, graphs)
     progress("Q-Former", 1, 1)
     tokenizer = options.tokenizer or checkpoint.tokenizer
@@ -188,8 +195,8 @@ def _write(
         templates=_templates(checkpoint, options),
         decoding=Decoding(max_tokens=256, beams=5, repetition_penalty=1.5),
         positions=positions,
-        graphs={name: GraphInfo(files={"fp32": f"{name}.onnx"}) for name in ("vision", *graphs)},
-        variants=("fp32",),
+        graphs={name: GraphInfo(files={options.precision: f"{name}.onnx"}) for name in ("vision", *graphs)},
+        variants=(options.precision,),
         llm=_language_model(options, checkpoint.name, folder, progress),
         tokenizer="tokenizer.json" if config.vocab else None,
         provenance=_provenance(checkpoint),

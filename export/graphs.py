@@ -242,7 +242,7 @@ _ROW_AXES = {
 
 
 def export_qformer(
-    qformer: QFormer, folder: Path, *, slots: int, tokens: int, text: int, half_storage: bool
+    qformer: QFormer, folder: Path, *, slots: int, tokens: int, text: int, half_storage: bool, half_compute: bool = False
 ) -> list[str]:
     """Write the five graphs to `folder/<name>.onnx`; only the number of text rows stays dynamic, if there are any.
 
@@ -254,8 +254,9 @@ def export_qformer(
         axes = {key: _ROW_AXES[key] for key in (*inputs[name], *outputs) if key in _ROW_AXES and text}
         module = graph(qformer)
         export_onnx(
-            module, inputs[name], outputs, folder / f"{name}.onnx", dynamic_axes=axes, half_storage=half_storage
-        )
+            module, inputs[name], outputs, folder / f"{name}.onnx", dynamic_axes=axes, half_storage=half_storage,
+            half_compute=half_compute,
+        )  # fmt: skip
     return list(GRAPHS)
 
 

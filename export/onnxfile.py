@@ -13,6 +13,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from keepsight.export.half import halve_model
+
 # TensorRT 10.3 (JetPack 6) takes 17: LayerNormalization is native there, Gelu is still spelled with Erf.
 OPSET = 17
 HALF_MIN_ELEMENTS = 1024
@@ -27,6 +29,7 @@ def export_onnx(
     *,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     half_storage: bool = False,
+    half_compute: bool = False,
 ) -> None:
     """Trace `module(*inputs.values())` and write it to `path`.
 
@@ -36,6 +39,7 @@ def export_onnx(
         dynamic_axes: axis -> name of a dynamic size, per input or output.
         half_storage: keep weights of 1,024 elements or more as float16 on disk, cast to float32 as the graph loads.
             The module's own weights must have been rounded first (`round_to_half`), else the file differs from it.
+        half_compute: matrix products and convolutions in float16, as `export/half.py` says.
     """
     module = module.eval()
     with warnings.catch_warnings(), torch.no_grad():
@@ -54,6 +58,8 @@ def export_onnx(
     model = onnx.load(str(path))
     restore_inputs(model, inputs, dynamic_axes or {})
     _turn_gemm_weights(model)
+    if half_compute:
+        halve_model(model)
     if half_storage:
         store_half(model)
     model.producer_version = ""  # the same weights give the same bytes whatever torch wrote them

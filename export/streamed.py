@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor, nn
 
+from keepsight.export.half import LARGEST, halve_graph
 from keepsight.export.onnxfile import OPSET
 from keepsight.export.tensorfiles import StoredTensor
 
@@ -48,6 +49,7 @@ def export_streamed(
     path: Path,
     *,
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
+    half_compute: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write the module that `build` makes, with `weights`, to `path` and `path` with the ending `.weights`.
@@ -59,6 +61,7 @@ def export_streamed(
         inputs: example tensors by graph input name, in call order.
         outputs: graph output names, in return order.
         dynamic_axes: axis -> name of a dynamic size, per input or output.
+        half_compute: matrix products and convolutions in float16, as `export/half.py` says.
         progress: told after each weight.
 
     Raises:
@@ -71,17 +74,26 @@ def export_streamed(
     model = _trace(module, inputs, outputs, dynamic_axes or {})
     turned = _drop_transposes(model, set(weights))
     del model.graph.input[len(inputs) :]
+    halves: set[str] = set()
+    if half_compute:
+        halves = halve_graph(model.graph, _halvable(weights), {name: len(t.shape) for name, t in weights.items()})
     file = path.with_suffix(".weights")
     used = {name for node in model.graph.node for name in node.input}
     with file.open("wb") as out:
         for index, (name, tensor) in enumerate(weights.items()):
             if name in used:
-                values = tensor.read().detach().to(torch.float32).numpy()
+                kind = torch.float16 if name in halves else torch.float32
+                values = tensor.read().detach().to(kind).numpy()
                 model.graph.initializer.append(_write(out, file.name, name, values.T if name in turned else values))
             if progress is not None:
                 progress(index + 1, len(weights))
     path.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path), full_check=True)
+
+
+def _halvable(weights: Mapping[str, StoredTensor]) -> set[str]:
+    """Weights that float16 can hold."""
+    return {name for name, tensor in weights.items() if float(tensor.read().detach().abs().max()) <= LARGEST}
 
 
 def _trace(
@@ -134,12 +146,13 @@ def _drop_transposes(model: onnx.ModelProto, weights: set[str]) -> set[str]:
     return set(turned.values())
 
 
-def _write(out: BinaryIO, file: str, name: str, values: NDArray[np.float32]) -> TensorProto:
+def _write(out: BinaryIO, file: str, name: str, values: NDArray[Any]) -> TensorProto:
     """Append one weight to the external file; the record that the graph keeps of it."""
     out.write(bytes(-out.tell() % _ALIGN))
     offset = out.tell()
     np.ascontiguousarray(values).tofile(out)
-    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=values.shape, data_location=TensorProto.EXTERNAL)
+    kind = TensorProto.FLOAT16 if values.dtype == np.float16 else TensorProto.FLOAT
+    tensor = TensorProto(name=name, data_type=kind, dims=values.shape, data_location=TensorProto.EXTERNAL)
     for key, value in (("location", file), ("offset", offset), ("length", out.tell() - offset)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor

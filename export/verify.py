@@ -37,10 +37,13 @@ from keepsight.runtime.qformer import StandingQuestion
 from keepsight.runtime.session import load_llm
 from keepsight.streams.errors import CheckpointError, UsageError
 
-__all__ = ["GRAPH_LIMIT", "PROMPT_LIMIT", "Source", "source_of", "synthetic_clip", "verify"]
+__all__ = ["GRAPH_LIMITS", "PROMPT_LIMITS", "Source", "source_of", "synthetic_clip", "verify"]
 
-GRAPH_LIMIT, PROMPT_LIMIT = 1e-4, 1e-3
-"""Largest difference, in units of the reference's spread where that is above 1: of one graph, and of the soft prompt."""
+GRAPH_LIMITS = {"fp32": 1e-4, "fp16": 2e-2}
+PROMPT_LIMITS = {"fp32": 1e-3, "fp16": 5e-2}
+"""Largest difference by precision, in units of the reference's spread where that is above 1: of one graph, and of the soft
+prompt. Float16 rounds at 5e-4 where float32 does at 6e-8, and errors of some dozen layers add up.
+"""
 
 _TINY = "keepsight-tiny"
 Arrays = Mapping[str, NDArray[Any]]
@@ -55,13 +58,13 @@ class Source:
         name: for the report.
         vision: makes the visual encoder: frames uint8 `[B, S, S, 3]` to features `[B, N, C]`.
         qformer: with its position tables.
-        export_vision: writes the encoder's graph anew, to find where a difference begins.
+        export_vision: writes the encoder's graph anew, in half precision or not, to find where a difference begins.
     """
 
     name: str
     vision: Callable[[], nn.Module]
     qformer: QFormer
-    export_vision: Callable[[Path], None]
+    export_vision: Callable[[Path, bool], None]
 
 
 def source_of(bundle: Bundle, checkpoint: Checkpoint | None) -> Source:
@@ -73,9 +76,9 @@ def source_of(bundle: Bundle, checkpoint: Checkpoint | None) -> Source:
     if checkpoint is not None:
         model = checkpoint
 
-        def write(path: Path) -> None:
-            frames = {"frames": _blank(model.vision.image_size)}
-            export_streamed(lambda: EvaVision(model.vision), model.vision_tensors, frames, ["features"], path)
+        def write(path: Path, half: bool) -> None:
+            frames, weights = {"frames": _blank(model.vision.image_size)}, model.vision_tensors
+            export_streamed(lambda: EvaVision(model.vision), weights, frames, ["features"], path, half_compute=half)
 
         return Source(model.name, model.load_vision, positioned(model)[0], write)
     if bundle.manifest.name != _TINY or not (bundle.path / INDEX).is_file():
@@ -84,7 +87,8 @@ def source_of(bundle: Bundle, checkpoint: Checkpoint | None) -> Source:
             fix="Name it: --against CHECKPOINT, with the options that it was exported with.",
         )
     qformer = load_qformer(bundle.path)
-    return Source("its published encoder and its own Q-Former weights", pretrained_vision, qformer, export_vision)
+    name = "its published encoder and its own Q-Former weights"
+    return Source(name, pretrained_vision, qformer, lambda path, _: export_vision(path))
 
 
 def synthetic_clip(count: int, size: int, *, seed: int = 0) -> NDArray[np.uint8]:
@@ -224,15 +228,16 @@ def _text_ids(bundle: Bundle, question: str) -> list[int]:
 
 def _compare_graphs(bundle: Bundle, source: Source, watched: _Watched, tell: Progress) -> dict[str, GraphParity]:
     results = {}
+    limit = GRAPH_LIMITS[bundle.manifest.variants[0]]
     with tempfile.TemporaryDirectory() as folder:
         _export_anew(bundle, source, Path(folder))
         for index, (name, (feeds, outputs)) in enumerate(watched.runs.items()):
             module = source.vision() if name == "vision" else GRAPHS[name][0](source.qformer)
             wanted = _run_module(module, feeds, list(outputs))
-            apart = {output: difference(value, wanted[output], GRAPH_LIMIT) for output, value in outputs.items()}
+            apart = {output: difference(value, wanted[output], limit) for output, value in outputs.items()}
             graph, fresh = bundle.graph_path(name), Path(folder) / f"{name}.onnx"
             over = not all(output.passed for output in apart.values())
-            located = first_difference(graph, fresh, feeds, GRAPH_LIMIT) if over else None
+            located = first_difference(graph, fresh, feeds, limit) if over else None
             results[name] = GraphParity(apart, located, tuple(changed_weights(graph, fresh)))
             tell("graphs", index + 1, len(watched.runs))
     return results
@@ -248,10 +253,12 @@ def _run_module(module: nn.Module, feeds: Arrays, outputs: Sequence[str]) -> dic
 def _export_anew(bundle: Bundle, source: Source, folder: Path) -> None:
     """The source's graphs, to compare the bundle's with, weight by weight and node by node."""
     dims = bundle.manifest.dims
-    source.export_vision(folder / "vision.onnx")
+    half = bundle.manifest.variants[0] == "fp16"
+    source.export_vision(folder / "vision.onnx", half)
     export_qformer(
-        source.qformer, folder, slots=dims.slots, tokens=dims.tokens, text=dims.text_buckets[0], half_storage=False
-    )
+        source.qformer, folder, slots=dims.slots, tokens=dims.tokens, text=dims.text_buckets[0], half_storage=False,
+        half_compute=half,
+    )  # fmt: skip
 
 
 # -- over the stream -----------------------------------------------------------------------------------------------------
@@ -267,6 +274,7 @@ def _compare_streams(
     manifest, questions = bundle.manifest, list(watched.text_ids)
     loops = {question: PlainLoop(source.qformer, manifest, watched.text_ids[question]) for question in questions}
     forced = PlainLoop(source.qformer, manifest, watched.text_ids[questions[0]])
+    limit = PROMPT_LIMITS[manifest.variants[0]]
     marks = _marks(manifest.dims.memory_length, len(watched.features))
     agreed: dict[str, list[bool]] = {"visual": [], "query": []}
     said: dict[str, Said] = {}
@@ -281,7 +289,7 @@ def _compare_streams(
             _count(agreed, free, merge, manifest.dims.queries)
         if index + 1 in marks:
             rows = watched.soft_prompts[index]
-            apart = (difference(rows, other.soft_prompt.numpy(), PROMPT_LIMIT) for other in (told, free))
+            apart = (difference(rows, other.soft_prompt.numpy(), limit) for other in (told, free))
             report.drift.append(Drift(index + 1, *apart))
         tell("PyTorch", index + 1, len(watched.features))
     report.merges = {bank: float(np.mean(equal)) for bank, equal in agreed.items() if equal}

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from keepsight.runtime import gguf_cache
-from keepsight.runtime.gguf_cache import default_cache_dir, requantised
+from keepsight.runtime.gguf_cache import default_cache_dir, quantise, requantised
+from keepsight.runtime.llm import LLM
 from keepsight.streams.errors import LLMError, MissingModelError, UsageError
 
 from .smollm2 import smollm2_gguf
@@ -101,7 +102,7 @@ def test_what_cannot_be_requantised_is_named(tmp_path: Path) -> None:
     (tmp_path / "half.gguf").write_bytes(smollm2_gguf().read_bytes()[:5_000_000])
     with pytest.raises(LLMError, match=r"cannot requantise .*half\.gguf"):
         requantised(tmp_path / "half.gguf", kind="Q8_0", cache_dir=tmp_path)
-    with pytest.raises(UsageError, match="Use one of F16, Q8_0"):
+    with pytest.raises(UsageError, match="Use one of Q8_0, F16"):
         requantised(smollm2_gguf(), kind="Q2_K", cache_dir=tmp_path)  # type: ignore[arg-type]
     assert not list(tmp_path.glob("*.partial"))
 
@@ -121,3 +122,13 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / ".cache" / "keepsight"
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K_M", "Q2_K"])
+def test_quantised_files_load_and_are_smaller(kind: str, tmp_path: Path) -> None:
+    quantise(requantised(smollm2_gguf(), kind="F16"), tmp_path / "small.gguf", kind)
+    assert (tmp_path / "small.gguf").stat().st_size < 0.6 * requantised(smollm2_gguf(), kind="F16").stat().st_size
+    with LLM(tmp_path / "small.gguf", n_ctx=64, n_threads=1) as model:
+        assert model.n_embd == 576
+    with pytest.raises(UsageError, match="'Q5_X' is unknown"):
+        quantise(smollm2_gguf(), tmp_path / "none.gguf", "Q5_X")
