@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from keepsight.streams.errors import MissingComponentError, ParityError
+from keepsight.streams.errors import MissingComponentError, ParityError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +33,7 @@ QUESTIONS = (
 def commands(app: typer.Typer) -> None:
     """Add the export commands to `keepsight`."""
     app.command()(export)
+    app.command()(quantize)
     app.command()(verify)
     app.command()(train)
 
@@ -70,6 +71,32 @@ def export(
     with _shown() as progress:
         manifest = convert(model, out, options, progress=progress)
     typer.echo(f"{out}: {manifest.name}, {len(manifest.files)} files, positions {manifest.positions.policy!r}")
+
+
+def quantize(
+    bundle: Annotated[str, typer.Argument(help="A bundle's directory; it gets the new variant.")],
+    calibrate: Annotated[list[str], typer.Option(help="A video or directory of pictures; may be given several times.")],
+    variant: Annotated[Literal["int8"], typer.Option(help="int8: the visual encoder with explicit Q/DQ.")] = "int8",
+    frames: Annotated[int, typer.Option(help="Frames to take of each source at most.")] = 128,
+    least_cosine: Annotated[
+        float, typer.Option(help="What the features must keep; the first operators stay float32 for it.")
+    ] = 0.98,
+) -> None:
+    """Give a bundle a variant whose visual encoder computes in 8 bits. The Q-Former keeps its precision."""
+    _need("onnx")
+    from keepsight.export.quantize import quantize_vision
+    from keepsight.runtime.bundle import SHIPPED, Bundle
+
+    if bundle in SHIPPED:
+        raise UsageError(f"{bundle} is the shipped bundle.", fix="Copy its directory (keepsight inspect names it) and give that.")
+    opened = Bundle.open(bundle)
+    pictures = [picture for source in calibrate for picture in _read_clip(opened, source, frames)]
+    with _shown() as progress:
+        done = quantize_vision(opened, pictures, least_cosine=least_cosine, progress=progress)
+    typer.echo(
+        f"{variant}: {done.operators[0]} of {done.operators[1]} convolutions and products in 8 bits, cosine {done.cosine:.4f}, "
+        f"{done.file_bytes[0] / 1e6:.1f} MB (before: {done.file_bytes[1] / 1e6:.1f})"
+    )
 
 
 def verify(

@@ -107,14 +107,23 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        file: Any = safe_open(str(path), framework="pt")
-        return {key: _lazy(file, key) for key in file.keys()}  # noqa: SIM118 - the handle is no mapping
+        with safe_open(str(path), framework="pt") as file:
+            return {key: StoredTensor(tuple(file.get_slice(key).get_shape()), _reading(path, key)) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file ({error}).", fix="Fetch it again.") from error
 
 
-def _lazy(file: Any, key: str) -> StoredTensor:
-    return StoredTensor(tuple(file.get_slice(key).get_shape()), lambda: file.get_tensor(key))
+def _reading(path: Path, key: str) -> Callable[[], Tensor]:
+    """Opens the file anew for each tensor: what was mapped for one is given back with it."""
+
+    def read() -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(str(path), framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+        return tensor
+
+    return read
 
 
 def _torch_file(path: Path) -> dict[str, StoredTensor]:

@@ -23,35 +23,40 @@ class Bundle:
     Attributes:
         path: directory of the bundle.
         manifest: what it says of itself.
+        variant: the precision that its graphs are taken in.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, variant: str | None = None) -> None:
         """For :meth:`open`, which also checks."""
         self.path = path
         self.manifest = manifest
+        self.variant = manifest.variants[0] if variant is None else variant
 
     def __repr__(self) -> str:
         return f"Bundle.open({str(self.path)!r})"
 
     @classmethod
-    def open(cls, path_or_name: str | Path, *, verify: bool = True) -> Bundle:
+    def open(cls, path_or_name: str | Path, *, variant: str | None = None, verify: bool = True) -> Bundle:
         """Open a bundle.
 
         Args:
             path_or_name: a directory, or the name of a shipped bundle (`tiny`). Write `./tiny` for a directory that
                 is called like one.
+            variant: a precision that the bundle comes in; its first one by default.
             verify: hash every file (about 1 ms a megabyte). Without it, only check that they are there.
 
         Raises:
             BundleError: no bundle there, an invalid manifest, or a file that is missing or not what was exported.
+            UsageError: a variant that this bundle does not have.
         """
         path = _shipped(path_or_name) if str(path_or_name) in SHIPPED else Path(path_or_name)
-        bundle = cls(path, read_manifest(path))
+        bundle = cls(path, read_manifest(path), variant)
+        bundle._check_variant(bundle.variant)
         bundle._check_files(verify)
         return bundle
 
     def graph_path(self, name: str, variant: str | None = None) -> Path:
-        """The .onnx file of a graph, in a variant or in the bundle's default one.
+        """The .onnx file of a graph, in a variant or in the one that the bundle was opened in.
 
         Raises:
             UsageError: a graph or variant that this bundle does not have.
@@ -60,12 +65,8 @@ class Bundle:
             raise UsageError(
                 f"bundle {self.manifest.name} has no graph {name!r}.", fix=f"It has {', '.join(self.manifest.graphs)}."
             )
-        variant = self.manifest.variants[0] if variant is None else variant
-        if variant not in self.manifest.variants:
-            raise UsageError(
-                f"bundle {self.manifest.name} has no variant {variant!r}.",
-                fix=f"It has {', '.join(self.manifest.variants)}.",
-            )
+        variant = self.variant if variant is None else variant
+        self._check_variant(variant)
         return self.path / self.manifest.graphs[name].files[variant]
 
     @cached_property
@@ -110,6 +111,13 @@ class Bundle:
         if llm.package is not None:
             return find_packaged(llm)
         return self.path / llm.file  # an absolute file stays as it is
+
+    def _check_variant(self, variant: str) -> None:
+        if variant not in self.manifest.variants:
+            raise UsageError(
+                f"bundle {self.manifest.name} has no variant {variant!r}.",
+                fix=f"It has {', '.join(self.manifest.variants)}.",
+            )
 
     def _check_files(self, verify: bool) -> None:
         listed = self.manifest.files

@@ -30,6 +30,7 @@ app = typer.Typer(
 ModeName = Literal["standing", "replay"]
 MemoryName = Literal["mbc", "fifo", "average", "last"]
 BundleOption = Annotated[str, typer.Option("--bundle", "-b", help="A bundle's directory, or `tiny` for the shipped one.")]
+VariantOption = Annotated[str | None, typer.Option(help="A precision that the bundle comes in [default: its first].")]
 MemoryOption = Annotated[MemoryName, typer.Option(help="How a full memory makes room.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads of each stage [default: all cores for the LLM].")]
@@ -61,6 +62,7 @@ def ask(
         ModeName, typer.Option(help="standing: carried along from the first frame; replay: asked at the end.")
     ] = "standing",
     prompt: Annotated[str | None, typer.Option(help="Replaces both templates; goes verbatim to both tokenizers.")] = None,
+    variant: VariantOption = None,
     memory: MemoryOption = "mbc",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
@@ -70,7 +72,7 @@ def ask(
 
     question = _one_of(question, prompt)
     _refuse_missing(source)
-    with _session(bundle, memory, threads) as session:
+    with _session(bundle, variant, memory, threads) as session:
         put = session.stand(question, prompt=prompt) if mode == "standing" else question
         with session.source(source) as frames:
             watch_until(session, frames, until_s=seconds if frames.is_live else when)
@@ -88,6 +90,7 @@ def ask(
 def run(
     source: Annotated[str, typer.Argument(help="A camera, a stream, or a file that plays in real time as a camera.")],
     bundle: BundleOption = "tiny",
+    variant: VariantOption = None,
     memory: MemoryOption = "mbc",
     threads: ThreadsOption = None,
 ) -> None:
@@ -95,7 +98,7 @@ def run(
     from keepsight.runtime.watch import converse
 
     _refuse_missing(source)
-    with _session(bundle, memory, threads) as session:
+    with _session(bundle, variant, memory, threads) as session:
         converse(session, source)
 
 
@@ -106,6 +109,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Questions to ask.")] = None,
     seed: Annotated[int, typer.Option(help="Which questions, and which streams.")] = 0,
     scenes: Annotated[int, typer.Option(help="Scenes of each generated stream.")] = 10,
+    variant: VariantOption = None,
     memory: MemoryOption = "mbc",
     mode: Annotated[ModeName, typer.Option(help="How questions are put.")] = "standing",
     threads: ThreadsOption = None,
@@ -118,7 +122,7 @@ def evaluate(
     from keepsight.runtime import evaluate as scoring
     from keepsight.runtime.datasets import open_dataset
 
-    with _session(bundle, memory, threads) as session:
+    with _session(bundle, variant, memory, threads) as session:
         manifest = session.bundle.manifest
         clips = open_dataset(
             dataset, limit=limit, seed=seed, scenes=scenes, fps=manifest.sample_fps, size=manifest.dims.image_size
@@ -189,11 +193,11 @@ def _refuse_missing(source: str) -> None:
     Source(source).close()
 
 
-def _session(bundle: str, memory: MemoryName, threads: int | None) -> Session:
+def _session(bundle: str, variant: str | None, memory: MemoryName, threads: int | None) -> Session:
     from keepsight.runtime.bundle import Bundle
     from keepsight.runtime.session import Session
 
-    return Session(Bundle.open(bundle), memory=memory, threads=threads)
+    return Session(Bundle.open(bundle, variant=variant), memory=memory, threads=threads)
 
 
 def _print_json(value: Any) -> None:
