@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -102,36 +102,64 @@ def quantize(
 def verify(
     bundle: Annotated[str, typer.Argument(help="A bundle's directory, or `tiny`.")],
     against: Annotated[
-        Path | None, typer.Option(help="The checkpoint that it was exported from; `tiny` carries its own.")
+        Path | None,
+        typer.Option(help="The checkpoint that it is from (`tiny` carries its own), or a trace.npz of another machine."),
     ] = None,
     fine_tuned: Annotated[Path | None, typer.Option(help="As it was exported with.")] = None,
     vision: Annotated[Path | None, typer.Option(help="As it was exported with.")] = None,
-    clip: Annotated[str | None, typer.Option(help="A video or directory of pictures [default: synthetic scenes].")] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="A video or directory of pictures [default: synthetic scenes]; with a trace, its source.")
+    ] = None,
     frames: Annotated[int | None, typer.Option(help="Frames to use at most [default: 5 memory lengths and one].")] = None,
     question: Annotated[list[str] | None, typer.Option(help="To ask; may be given several times.")] = None,
     out: Annotated[Path, typer.Option(help="Where parity.json and parity.html go.")] = Path("."),
 ) -> None:
     """Compare a bundle with what it was made from: every graph, the memory over a stream, and the answers."""
-    _need("torch", "onnx", "transformers", "safetensors")
-    from keepsight.export import verify as check
     from keepsight.runtime.bundle import Bundle
     from keepsight.runtime.parity import write_report
 
     # Hashes are not checked here: the question is what the files compute.
     opened = Bundle.open(bundle, verify=False)
-    dims = opened.manifest.dims
-    count = frames or 5 * dims.memory_length + 1
-    pictures = check.synthetic_clip(count, dims.image_size) if clip is None else _read_clip(opened, clip, count)
-    source = check.source_of(opened, None if against is None else _open(against, vision, fine_tuned))
-    name = f"{len(pictures)} frames of {clip or 'synthetic scenes'}"
-    with _shown() as progress:
-        report = check.verify(opened, source, pictures, question or QUESTIONS, clip=name, progress=progress)
+    if against is not None and against.suffix == ".npz":
+        report = _against_trace(opened, against, clip)
+    else:
+        _need("torch", "onnx", "transformers", "safetensors")
+        checkpoint = None if against is None else _open(against, vision, fine_tuned)
+        report = _against_source(opened, checkpoint, clip, frames, question or QUESTIONS)
     written = write_report(report, out)
     _print_parity(report)
     typer.echo(f"written to {written[0]} and {written[1].name}")
     if not report.passed:
         more = f" ({len(report.failures)} in all)" if len(report.failures) > 1 else ""
         raise ParityError(f"{opened.manifest.name} is not what it was made from: {report.failures[0]}{more}.")
+
+
+def _against_source(
+    bundle: Bundle, checkpoint: Checkpoint | None, clip: str | None, frames: int | None, questions: Sequence[str]
+) -> Report:
+    from keepsight.export import verify as check
+
+    dims = bundle.manifest.dims
+    source = check.source_of(bundle, checkpoint)
+    count = frames or 5 * dims.memory_length + 1
+    pictures = check.synthetic_clip(count, dims.image_size) if clip is None else _read_clip(bundle, clip, count)
+    name = f"{len(pictures)} frames of {clip or 'synthetic scenes'}"
+    with _shown() as progress:
+        return check.verify(bundle, source, pictures, questions, clip=name, progress=progress)
+
+
+def _against_trace(bundle: Bundle, path: Path, clip: str | None) -> Report:
+    """Without PyTorch: this runs on the board."""
+    from keepsight.runtime.trace_check import check_trace, read_trace
+    from keepsight.streams import Source
+
+    trace = read_trace(path)
+    if clip is None:
+        return check_trace(bundle, trace, against=path.name)
+    size = bundle.manifest.preprocessing
+    rate = 1.0 if clip.lower().endswith(".npy") else bundle.manifest.sample_fps
+    with Source(clip, size=(size.width, size.height), aspect=size.aspect, fps=rate) as source:
+        return check_trace(bundle, trace, source, against=path.name)
 
 
 def _read_clip(bundle: Bundle, clip: str, count: int) -> NDArray[np.uint8]:

@@ -31,19 +31,22 @@ from keepsight.export.weights import INDEX, load_qformer
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.engine import Engine, OnnxRuntimeEngine, TensorSpec
 from keepsight.runtime.llm import LLM, Segment, render
-from keepsight.runtime.parity import Drift, GraphParity, LanguageParity, Report, difference
+from keepsight.runtime.parity import (
+    GRAPH_LIMITS,
+    PROMPT_LIMITS,
+    Drift,
+    GraphParity,
+    LanguageParity,
+    Report,
+    difference,
+    marks,
+)
 from keepsight.runtime.qformer import QFormer as DeployedQFormer
 from keepsight.runtime.qformer import StandingQuestion
 from keepsight.runtime.session import load_llm
 from keepsight.streams.errors import CheckpointError, UsageError
 
-__all__ = ["GRAPH_LIMITS", "PROMPT_LIMITS", "Source", "source_of", "synthetic_clip", "verify"]
-
-GRAPH_LIMITS = {"fp32": 1e-4, "fp16": 2e-2}
-PROMPT_LIMITS = {"fp32": 1e-3, "fp16": 5e-2}
-"""Largest difference by precision, in units of the reference's spread where that is above 1: of one graph, and of the soft
-prompt. Float16 rounds at 5e-4 where float32 does at 6e-8, and errors of some dozen layers add up.
-"""
+__all__ = ["Source", "source_of", "synthetic_clip", "verify"]
 
 _TINY = "keepsight-tiny"
 Arrays = Mapping[str, NDArray[Any]]
@@ -228,7 +231,7 @@ def _text_ids(bundle: Bundle, question: str) -> list[int]:
 
 def _compare_graphs(bundle: Bundle, source: Source, watched: _Watched, tell: Progress) -> dict[str, GraphParity]:
     results = {}
-    limit = GRAPH_LIMITS[bundle.manifest.variants[0]]
+    limit = GRAPH_LIMITS[bundle.variant]
     with tempfile.TemporaryDirectory() as folder:
         _export_anew(bundle, source, Path(folder))
         for index, (name, (feeds, outputs)) in enumerate(watched.runs.items()):
@@ -253,7 +256,7 @@ def _run_module(module: nn.Module, feeds: Arrays, outputs: Sequence[str]) -> dic
 def _export_anew(bundle: Bundle, source: Source, folder: Path) -> None:
     """The source's graphs, to compare the bundle's with, weight by weight and node by node."""
     dims = bundle.manifest.dims
-    half = bundle.manifest.variants[0] == "fp16"
+    half = bundle.variant == "fp16"
     source.export_vision(folder / "vision.onnx", half)
     export_qformer(
         source.qformer, folder, slots=dims.slots, tokens=dims.tokens, text=dims.text_buckets[0], half_storage=False,
@@ -274,8 +277,8 @@ def _compare_streams(
     manifest, questions = bundle.manifest, list(watched.text_ids)
     loops = {question: PlainLoop(source.qformer, manifest, watched.text_ids[question]) for question in questions}
     forced = PlainLoop(source.qformer, manifest, watched.text_ids[questions[0]])
-    limit = PROMPT_LIMITS[manifest.variants[0]]
-    marks = _marks(manifest.dims.memory_length, len(watched.features))
+    limit = PROMPT_LIMITS[bundle.variant]
+    told_at = marks(manifest.dims.memory_length, len(watched.features))
     agreed: dict[str, list[bool]] = {"visual": [], "query": []}
     said: dict[str, Said] = {}
     for index, features in enumerate(watched.features):
@@ -287,18 +290,13 @@ def _compare_streams(
         free = said[questions[0]]
         if merge is not None:
             _count(agreed, free, merge, manifest.dims.queries)
-        if index + 1 in marks:
+        if index + 1 in told_at:
             rows = watched.soft_prompts[index]
             apart = (difference(rows, other.soft_prompt.numpy(), limit) for other in (told, free))
             report.drift.append(Drift(index + 1, *apart))
         tell("PyTorch", index + 1, len(watched.features))
     report.merges = {bank: float(np.mean(equal)) for bank, equal in agreed.items() if equal}
     return {question: one.soft_prompt.numpy() for question, one in said.items()}
-
-
-def _marks(length: int, frames: int) -> set[int]:
-    """1, M, 2M and 5M frames, as far as the clip goes, and its end."""
-    return {count for count in (1, length, 2 * length, 5 * length) if count <= frames} | {frames}
 
 
 def _count(

@@ -161,7 +161,7 @@ def trace(
         arrays = recording.record(qformer, frames, question, prompt=prompt)
     recording.save(out, arrays)
     for name, array in arrays.items():
-        typer.echo(f"{name:14} {array.dtype!s:8} {list(array.shape)}")
+        typer.echo(f"{name:14} {array.dtype!s:8} {list(array.shape)}" if array.ndim else f"{name:14} {array}")
 
 
 @app.command()

@@ -317,17 +317,33 @@ class MemoryBank:
         if self.policy == "average" and not self.current_outside:
             self.settle()  # one mean that includes the current frame
 
-    def settle(self) -> None:
+    def settle(self, pair: npt.ArrayLike | None = None) -> None:
         """Make the room that the newest frame needs, if that has not been done: idempotent.
 
         :meth:`append` calls it. A reader of a bank with ``current_outside`` calls it before it reads.
+
+        Args:
+            pair: [G, n] positions in time order of the older slot to merge, instead of the policy's own choice: to repeat
+                what another bank did, and compare all else.
+
+        Raises:
+            UsageError: a pair that is not in the bank.
         """
         if self._count <= self._stored:
             return
         if self._pair_to_merge is None:
             self._drop_oldest()
         else:
-            self._merge(self._pair_to_merge(self._similarity[:, : self._count - 1]))
+            own = self._pair_to_merge(self._similarity[:, : self._count - 1])
+            self._merge(own if pair is None else self._checked_pair(pair))
+
+    def _checked_pair(self, pair: npt.ArrayLike) -> IndexArray:
+        chosen = np.asarray(pair, dtype=np.intp)
+        if chosen.shape != (self.groups, self.tokens) or not ((chosen >= 0) & (chosen < self._count - 1)).all():
+            raise UsageError(
+                f"a forced merge must name one of {self._count - 1} pairs for each of [{self.groups}, {self.tokens}] tokens."
+            )
+        return chosen
 
     def _merge(self, pair: IndexArray) -> None:
         """Merge positions pair and pair + 1 of every token, [G, n], into the older one's slot; free the other."""

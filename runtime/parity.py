@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from keepsight.streams.errors import UsageError
 
 __all__ = [
+    "GRAPH_LIMITS",
+    "PROMPT_LIMITS",
     "ChangedWeight",
     "Difference",
     "Drift",
@@ -24,10 +26,22 @@ __all__ = [
     "Located",
     "Report",
     "difference",
+    "marks",
     "write_report",
 ]
 
+GRAPH_LIMITS = {"fp32": 1e-4, "fp16": 2e-2}
+PROMPT_LIMITS = {"fp32": 1e-3, "fp16": 5e-2}
+"""Largest difference by precision, in the units of `Difference`: of one graph, and of the soft prompt. Float16 rounds at 5e-4
+where float32 does at 6e-8, and errors of some dozen layers add up.
+"""
+
 JSON_FILE, PAGE_FILE = "parity.json", "parity.html"
+
+
+def marks(length: int, frames: int) -> list[int]:
+    """After how many frames soft prompts are compared: 1, M, 2M and 5M, as far as there are so many, and at the end."""
+    return sorted({count for count in (1, length, 2 * length, 5 * length) if count < frames} | {frames})
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ def record(
         - query_output: float32 `[T, Q, H]`, and soft_prompt: float32 `[T, Q, n_embd]`;
         - visual_merge: int32 `[T, N]`, which neighbours in time order (0 = the oldest and the next) each token merged
           after that frame; -1 where it merged none, and for the last frame, whose merge waits for a next one;
+        - query_merge: int32 `[T, Y, R]`, the same for each row (queries, then text and its padding) of each banked layer;
+        - text: what the Q-Former read, a str of no axes;
         - visual_size: int32 `[slots in use, N]`, frames in each slot at the end, oldest first.
 
     Raises:
@@ -45,15 +47,18 @@ def record(
         NoFrameError: there were no frames.
         EngineError: a frame does not fit the vision graph.
     """
-    standing = qformer.stand(qformer.prompt(_text(qformer, question, prompt)))
+    text = _text(qformer, question, prompt)
+    standing = qformer.stand(qformer.prompt(text))
     _check_memory(qformer)
     rows = [_row(qformer, standing, frame) for frame in frames]
     if not rows:
         raise NoFrameError("there were no frames to trace.", fix="Give a source that has at least one.")
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     # A merge is recorded with the frame before which it ran, and belongs to the one that it followed.
-    merges = arrays["visual_merge"]
-    arrays["visual_merge"] = np.concatenate([merges[1:], np.full_like(merges[:1], -1)])
+    for name in ("visual_merge", "query_merge"):
+        merges = arrays[name]
+        arrays[name] = np.concatenate([merges[1:], np.full_like(merges[:1], -1)])
+    arrays["text"] = np.array(text)
     arrays["visual_size"] = qformer.bank.in_time_order()[1][0].astype(np.int32)
     return arrays
 
@@ -93,6 +98,7 @@ def _row(qformer: QFormer, standing: StandingQuestion, frame: Frame) -> dict[str
         "query_output": soft.query_output,
         "soft_prompt": soft.rows,
         "visual_merge": qformer.bank.last_merge[0].copy(),
+        "query_merge": standing.bank.last_merge.copy(),
     }
 
 
