@@ -47,6 +47,8 @@ def test_the_arrays_have_the_stated_shapes_and_dtypes(qformer, frames):
         "query_output": ("float32", (COUNT, dims.queries, dims.hidden)),
         "soft_prompt": ("float32", (COUNT, dims.queries, dims.n_embd)),
         "visual_merge": ("int32", (COUNT, dims.tokens)),
+        "query_merge": ("int32", (COUNT, dims.banked_layers, len(qformer.prompt(QUESTION).state))),
+        "text": (f"str{32 * len(QUESTION)}", ()),
         "visual_size": ("int32", (LENGTH + 1, dims.tokens)),
     }
     assert arrays["times"].tolist() == [frame.time_s for frame in frames]

@@ -53,14 +53,13 @@ def test_other_weights_fail(traced: Path, tmp_path: Path) -> None:
     assert isinstance(result.exception, ParityError)
 
 
-def test_a_flipped_decision_is_shown_and_forgiven(traced: Path) -> None:
-    """A trace whose machine merged another pair once: with its merges forced all agrees, left alone the share says so."""
+def test_a_decision_that_the_soft_prompts_do_not_come_from_is_found(traced: Path) -> None:
     bundle, trace = Bundle.open(traced / "bundle"), read_trace(traced / "trace.npz")
     changed = trace["visual_merge"].copy()
     changed[6, 0] = (changed[6, 0] + 1) % 4
     report = check_trace(bundle, {**trace, "visual_merge": changed}, against="changed")
     assert report.merges["visual"] < 1.0
-    assert not report.passed  # for this trace's soft prompts were not made with that merge
+    assert not report.passed
 
 
 def test_a_trace_that_does_not_fit_is_refused(traced: Path, tmp_path: Path) -> None:
