@@ -110,7 +110,7 @@ def verify(
     clip: Annotated[
         str | None, typer.Option(help="A video or directory of pictures [default: synthetic scenes]; with a trace, its source.")
     ] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames to use at most [default: 5 memory lengths and one].")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to use at most [default: 5 memory lengths].")] = None,
     question: Annotated[list[str] | None, typer.Option(help="To ask; may be given several times.")] = None,
     out: Annotated[Path, typer.Option(help="Where parity.json and parity.html go.")] = Path("."),
 ) -> None:
@@ -141,7 +141,7 @@ def _against_source(
 
     dims = bundle.manifest.dims
     source = check.source_of(bundle, checkpoint)
-    count = frames or 5 * dims.memory_length + 1
+    count = frames or 5 * dims.memory_length
     pictures = check.synthetic_clip(count, dims.image_size) if clip is None else _read_clip(bundle, clip, count)
     name = f"{len(pictures)} frames of {clip or 'synthetic scenes'}"
     with _shown() as progress:

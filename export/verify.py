@@ -126,7 +126,7 @@ def verify(
     report = Report(bundle.manifest.name, source.name, clip)
     watched = _watch(bundle, frames, questions, tell)
     report.graphs = _compare_graphs(bundle, source, watched, tell)
-    said = _compare_streams(report, bundle, source, watched, tell)
+    said = _compare_streams(report, bundle, source, frames, watched, tell)
     if bundle.has_llm:
         with load_llm(bundle, None) as llm:
             report.language = _compare_answers(bundle, llm, watched.answers, said)
@@ -167,7 +167,6 @@ class _Watched:
     Attributes:
         runs: feeds and outputs of each graph's last run.
         text_ids: of every question, without padding.
-        features: `[T, N, C]`.
         soft_prompts: after each frame, of the first question `[T, Q, n_embd]`.
         merges: after each frame but the last, the visual bank's and those of the banked layers, for real rows.
         answers: by question, the soft prompt at the end.
@@ -175,7 +174,6 @@ class _Watched:
 
     runs: Mapping[str, tuple[Arrays, Arrays]]
     text_ids: Mapping[str, list[int]]
-    features: NDArray[np.float32]
     soft_prompts: NDArray[np.float32]
     merges: list[tuple[NDArray[np.intp], dict[int, NDArray[np.intp]]] | None]
     answers: Mapping[str, NDArray[np.float32]]
@@ -188,10 +186,9 @@ def _watch(bundle: Bundle, frames: NDArray[np.uint8], questions: Sequence[str], 
     prompts = {question: qformer.prompt(bundle.manifest.templates.qformer_text(question)) for question in questions}
     standing = {question: qformer.stand(prompt) for question, prompt in prompts.items()}
     first = standing[questions[0]]
-    features, soft, merges = [], [], []
+    soft, merges = [], []
     for index, frame in enumerate(frames):
-        features.append(qformer.encode(frame[None])[0])
-        qformer.remember(features[-1], index / bundle.manifest.sample_fps)
+        qformer.remember(qformer.encode(frame[None])[0], index / bundle.manifest.sample_fps)
         for carried in standing.values():
             carried.step(index / bundle.manifest.sample_fps)
         if index:
@@ -203,7 +200,7 @@ def _watch(bundle: Bundle, frames: NDArray[np.uint8], questions: Sequence[str], 
     runs = {name: tap.newest for name, tap in taps.items() if tap.newest is not None}
     qformer.close()
     ids = {question: _text_ids(bundle, question) for question in questions}
-    return _Watched(runs, ids, np.stack(features), np.stack(soft), [*merges, None], answers)
+    return _Watched(runs, ids, np.stack(soft), [*merges, None], answers)
 
 
 def _merges(
@@ -268,20 +265,23 @@ def _export_anew(bundle: Bundle, source: Source, folder: Path) -> None:
 
 
 def _compare_streams(
-    report: Report, bundle: Bundle, source: Source, watched: _Watched, tell: Progress
+    report: Report, bundle: Bundle, source: Source, frames: NDArray[np.uint8], watched: _Watched, tell: Progress
 ) -> dict[str, NDArray[np.float32]]:
     """Fill in `drift` and `merges`; returns the reference's soft prompt of every question at the end, merges not forced.
 
-    The reference reads the bundle's features: the encoder has been compared by itself.
+    The reference is the whole model: it sees the frames through its own encoder.
     """
+    vision = source.vision().eval()
     manifest, questions = bundle.manifest, list(watched.text_ids)
     loops = {question: PlainLoop(source.qformer, manifest, watched.text_ids[question]) for question in questions}
     forced = PlainLoop(source.qformer, manifest, watched.text_ids[questions[0]])
     limit = PROMPT_LIMITS[bundle.variant]
-    told_at = marks(manifest.dims.memory_length, len(watched.features))
+    told_at = marks(manifest.dims.memory_length, len(frames))
     agreed: dict[str, list[bool]] = {"visual": [], "query": []}
     said: dict[str, Said] = {}
-    for index, features in enumerate(watched.features):
+    for index, frame in enumerate(frames):
+        with torch.no_grad():
+            features = vision(torch.from_numpy(frame[None]))[0].numpy()
         time_s, merge = index / manifest.sample_fps, watched.merges[index]
         told = forced.see(
             features, time_s, visual_merge=merge[0] if merge else None, query_merge=merge[1] if merge else None
@@ -294,7 +294,7 @@ def _compare_streams(
             rows = watched.soft_prompts[index]
             apart = (difference(rows, other.soft_prompt.numpy(), limit) for other in (told, free))
             report.drift.append(Drift(index + 1, *apart))
-        tell("PyTorch", index + 1, len(watched.features))
+        tell("PyTorch", index + 1, len(frames))
     report.merges = {bank: float(np.mean(equal)) for bank, equal in agreed.items() if equal}
     return {question: one.soft_prompt.numpy() for question, one in said.items()}
 
