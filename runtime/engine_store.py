@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -233,7 +234,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             fix="Engines are kept inside the bundle: copy it to a directory that you may write, on a disk with room.",
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # gone by its renaming, or never there
+            partial.unlink()
 
 
 def _absent(bundle: Bundle, folder: Path) -> str:

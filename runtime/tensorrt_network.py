@@ -167,13 +167,12 @@ def _shape(path: Path, tensor: Any, sizes: Mapping[str, int]) -> tuple[int, ...]
 
 
 def _parser_error(parser: Any) -> str | None:
-    """The parser's first error: the node, and two lines of why. None if it gives none."""
-    if parser.num_errors == 0:
+    """The parser's first error: the node, and two lines of why. None if it blames no node; then the log says more."""
+    error = parser.get_error(0) if parser.num_errors else None
+    if error is None or error.node() < 0:
         return None
-    error = parser.get_error(0)
     why = ": ".join(line.strip() for line in error.desc().splitlines()[:2])
-    node = f"node {error.node()} {error.node_name()!r} ({error.node_operator()}): " if error.node() >= 0 else ""
-    return node + why
+    return f"node {error.node()} {error.node_name()!r} ({error.node_operator()}): {why}"
 
 
 def _refusal(trt: Any, path: Path, verb: str) -> EngineError:
