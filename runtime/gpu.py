@@ -6,13 +6,11 @@ import ctypes
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from keepsight.streams.errors import EngineError, MissingComponentError
+from keepsight.runtime.cuda import call, load_driver
 
 __all__ = ["Gpu", "jetson_linux", "this_gpu"]
 
-_DRIVER = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 _RELEASE = Path("/etc/nv_tegra_release")
 
@@ -32,19 +30,13 @@ def this_gpu() -> Gpu:
         MissingComponentError: there is no CUDA driver.
         EngineError: the driver finds no GPU, or refuses.
     """
-    try:
-        driver = ctypes.CDLL(_DRIVER)
-    except OSError as error:
-        raise MissingComponentError(
-            f"there is no CUDA driver here ({error}).",
-            fix="Engines are built on the machine that runs them: a Jetson, whose JetPack brings the driver.",
-        ) from error
+    driver = load_driver()
     device, major, minor, name = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
-    _call(driver, "cuInit", 0)
-    _call(driver, "cuDeviceGet", ctypes.byref(device), 0)
-    _call(driver, "cuDeviceGetName", name, len(name), device)
-    _call(driver, "cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, device)
-    _call(driver, "cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, device)
+    call(driver, "cuInit", 0)
+    call(driver, "cuDeviceGet", ctypes.byref(device), 0)
+    call(driver, "cuDeviceGetName", name, len(name), device)
+    call(driver, "cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, device)
+    call(driver, "cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, device)
     return Gpu(name.value.decode(), 10 * major.value + minor.value)
 
 
@@ -56,12 +48,3 @@ def jetson_linux(release: Path = _RELEASE) -> str | None:
         return None
     found = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text)
     return f"{found[1]}.{found[2]}" if found else None
-
-
-def _call(driver: Any, function: str, *arguments: Any) -> None:
-    status = getattr(driver, function)(*arguments)
-    if status != 0:
-        raise EngineError(
-            f"the CUDA driver refused {function} (error {status}).",
-            fix="Check that this user may use the GPU (group `video`) and that the driver is loaded.",
-        )

@@ -1,24 +1,32 @@
-"""A double of TensorRT's Python module: it reads inputs from real ONNX files, and "engines" say how they were configured."""
+"""A double of TensorRT's Python module: it reads inputs from real ONNX files, "engines" say how they were configured, and run
+in ONNX Runtime on whatever lies at the addresses that they are given.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime
 
 
 def fake_tensorrt(version: str = "10.3.0", **changes: Any) -> Any:
     """A module of its own, with a `record` of what was built and of the timing caches that were offered.
 
     Args:
-        changes: `strongly_typed` value of that enum member; `starts` False: no builder; `accepts_profiles`, `accepts_timings`
-            False: refused as TensorRT does; `builds` False: None instead of an engine.
+        changes: `strongly_typed` value of that enum member; `starts` False: no builder or runtime; `accepts_profiles`,
+            `accepts_timings` False: refused as TensorRT does; `builds`, `loads`, `has_memory` False: None instead of an engine
+            or a context; `runs` False: a run that fails.
     """
-    usual = {"strongly_typed": 1, "starts": True, "accepts_profiles": True, "accepts_timings": True, "builds": True}
+    usual = {"strongly_typed": 1} | dict.fromkeys(
+        ("starts", "accepts_profiles", "accepts_timings", "builds", "loads", "has_memory", "runs"), True
+    )
     behaviour = SimpleNamespace(**{**usual, **changes})
     record = SimpleNamespace(built=[], timings=[], network_flags=[], behaviour=behaviour)
 
@@ -29,12 +37,27 @@ def fake_tensorrt(version: str = "10.3.0", **changes: Any) -> Any:
                 raise TypeError("pybind11::init(): factory function returned nullptr")
             self.record, self.logger = record, logger
 
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            if not behaviour.starts:
+                raise TypeError("pybind11::init(): factory function returned nullptr")
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, content: bytes) -> Any:
+            if not behaviour.loads:
+                self.logger.log(1, "the engine was made by another TensorRT")
+                return None
+            return _Engine(json.loads(content), behaviour, self.logger)
+
     return SimpleNamespace(
         __name__=f"fake-{version}-{id(record)}",
         __version__=version,
         record=record,
         Builder=Builder,
         OnnxParser=_Parser,
+        Runtime=Runtime,
+        TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
+        DataType=SimpleNamespace(**{name: name for name in ("FLOAT", "HALF", "INT8", "INT32", "INT64", "UINT8", "BOOL")}),
         ILogger=type("ILogger", (), {"__init__": lambda self: None}),
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=behaviour.strongly_typed),
         BuilderFlag=Enum("BuilderFlag", ["TF32", "FP16"]),
@@ -120,3 +143,93 @@ def _tensor(value: Any) -> Any:
     dims = value.type.tensor_type.shape.dim
     shape = tuple(-1 if dim.dim_param else dim.dim_value for dim in dims)
     return SimpleNamespace(name=value.name, shape=shape, get_dimension_name=lambda axis: dims[axis].dim_param)
+
+
+_TYPES = {
+    "tensor(float)": ("FLOAT", np.float32),
+    "tensor(int32)": ("INT32", np.int32),
+    "tensor(int64)": ("INT64", np.int64),
+    "tensor(uint8)": ("UINT8", np.uint8),
+}
+
+
+class _Engine:
+    def __init__(self, plan: Any, behaviour: Any, logger: Any) -> None:
+        self.session = onnxruntime.InferenceSession(plan[0], providers=["CPUExecutionProvider"])
+        self.profiles: list[dict[str, Any]] = plan[1]["profiles"]
+        self.behaviour, self.logger = behaviour, logger
+        self.values = {value.name: value for value in [*self.session.get_inputs(), *self.session.get_outputs()]}
+        self.ins = [value.name for value in self.session.get_inputs()]
+        self.num_io_tensors = len(self.values)
+        self.num_optimization_profiles = max(1, len(self.profiles))  # a static graph has TensorRT's own
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.values)[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name in self.ins else "out"
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return _TYPES[self.values[name].type][0]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else -1 for size in self.values[name].shape)
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> Any:
+        return self.profiles[index][name]
+
+    def create_execution_context(self) -> Any:
+        return _Context(self) if self.behaviour.has_memory else None
+
+
+class _Context:
+    """As strict as TensorRT: a switched profile forgets the shapes, and a run needs every shape and address."""
+
+    def __init__(self, engine: _Engine) -> None:
+        self.engine, self.sizes = engine, dict[str, int]()
+        self.profile: int | None = None
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.profile, self.sizes = index, {}
+        return stream != 0 and index < self.engine.num_optimization_profiles
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert self.profile is not None
+        low, _, high = self.engine.profiles[self.profile][name]
+        self.sizes.update(
+            {axis: size for axis, size in zip(self.engine.values[name].shape, shape, strict=True) if isinstance(axis, str)}
+        )
+        return all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        shape = tuple(size if isinstance(size, int) else self.sizes.get(size, -1) for size in self.engine.values[name].shape)
+        return self._inferred()[name] if -1 in shape and name not in self.engine.ins and self.sizes else shape
+
+    def _inferred(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of outputs whose axes the file does not name, as TensorRT would infer them: seen in a run on zeros."""
+        engine = self.engine
+        zeros = {
+            name: np.zeros(self.get_tensor_shape(name), _TYPES[engine.values[name].type][1]) for name in engine.ins
+        }
+        results = engine.session.run(None, zeros)
+        return {value.name: result.shape for value, result in zip(engine.session.get_outputs(), results, strict=True)}
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return address != 0
+
+    def execute_async_v3(self, stream: int) -> bool:
+        engine = self.engine
+        if not engine.behaviour.runs or self.addresses.keys() != engine.values.keys():
+            engine.logger.log(1, "an address is missing, or the GPU is")
+            return False
+        results = engine.session.run(None, {name: self._read(name) for name in engine.ins})
+        for value, result in zip(engine.session.get_outputs(), results, strict=True):
+            ctypes.memmove(self.addresses[value.name], np.ascontiguousarray(result).ctypes.data, result.nbytes)
+        return True
+
+    def _read(self, name: str) -> Any:
+        shape, dtype = self.get_tensor_shape(name), np.dtype(_TYPES[self.engine.values[name].type][1])
+        content = ctypes.string_at(self.addresses[name], int(np.prod(shape)) * dtype.itemsize)
+        return np.frombuffer(content, dtype).reshape(shape)

@@ -21,6 +21,7 @@ import pytest
 
 import keepsight.runtime.tensorrt_network
 from keepsight.runtime.gguf_cache import default_cache_dir
+from keepsight.runtime.tensorrt_engine import _NUMPY_OF_TENSORRT
 
 VERSIONS = ("10.3.0", "10.7.0", "10.13.3.9", "10.16.1.11", "11.4.0.106")
 RUNTIME = Path(keepsight.runtime.tensorrt_network.__file__).parent
@@ -37,6 +38,12 @@ CLASSES = {
     "profile": "IOptimizationProfile",
     "tensor": "ITensor",
     "cache": "ITimingCache",
+    "runtime": "Runtime",
+    "_runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "_engine": "ICudaEngine",
+    "context": "IExecutionContext",
+    "_context": "IExecutionContext",
 }
 # Used for TensorRT-RTX alone: in this function, and it is only called where `is_rtx(trt)` holds.
 ONLY_RTX = "_aim"
@@ -59,7 +66,7 @@ PROBE = """
 import json, sys
 from pathlib import Path
 import tensorrt_bindings as trt
-from keepsight.runtime.tensorrt_module import is_rtx, title_of
+from keepsight.runtime.tensorrt_module import is_rtx, log_of, title_of
 from keepsight.runtime.tensorrt_network import parse
 from keepsight.streams.errors import EngineError
 
@@ -75,7 +82,11 @@ try:
     parse(trt, Path("graph.onnx"))
 except EngineError as error:
     refused = str(error)
+log_of(trt).clear()
+log_of(trt).ilogger.log(trt.ILogger.Severity.WARNING, "a warning")
+log_of(trt).ilogger.log(trt.ILogger.Severity.ERROR, "an error")
 print(json.dumps({
+    "complaints": log_of(trt).complaints(),
     "title": title_of(trt),
     "missing": [name for name in sys.argv[1:] if not found(name)],
     "strongly_typed": int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED),
@@ -122,7 +133,10 @@ def _name(node: ast.AST) -> str | None:
 
 
 ALL = [use for path in SOURCES for use in uses(path)]
-NAMES = sorted({use.name for use in ALL if use.function != ONLY_RTX and not use.name.startswith("ComputeCapability")})
+NAMES = sorted(
+    {use.name for use in ALL if use.function != ONLY_RTX and not use.name.startswith("ComputeCapability")}
+    | {f"DataType.{kind}" for kind in _NUMPY_OF_TENSORRT}
+)
 
 
 @pytest.fixture(scope="session")
@@ -183,6 +197,7 @@ def test_every_name_exists(version: str, libraries: Path) -> None:
     assert result["missing"] == []
     assert result["title"] == f"TensorRT {version}" and not result["rtx"]
     assert result["strongly_typed"] == (1 if version.startswith("10.") else 0)
+    assert result["complaints"] == "an error"
     assert result["refused"].startswith(f"TensorRT {version} can't start")  # the stand-ins give no builder
 
 
@@ -199,6 +214,8 @@ def test_the_scan_sees_what_the_code_uses() -> None:
         "BuilderFlag.TF32",
         "IBuilderConfig.add_optimization_profile",
         "IBuilderConfig.set_timing_cache",
+        "ICudaEngine.get_tensor_profile_shape",
+        "IExecutionContext.execute_async_v3",
         "ILogger",
         "INetworkDefinition.get_input",
         "IOptimizationProfile.set_shape",
@@ -220,10 +237,11 @@ def test_every_object_of_tensorrt_is_known() -> None:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and (name := _name(node.value.func))
     ]
     assert len(calls) >= 7
-    assert [(variable, name) for variable, name in calls if variable not in CLASSES] == [
+    assert {(variable, name) for variable, name in calls if variable not in CLASSES} == {
         ("plan", "Builder.build_serialized_network"),  # only its buffer
+        ("kind", "ICudaEngine.get_tensor_dtype"),  # a member of an enum
         ("name", "ITensor.get_dimension_name"),  # a string
-    ]
+    }
 
 
 def test_no_builder_flag_sets_a_precision() -> None:
