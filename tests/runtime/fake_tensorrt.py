@@ -17,7 +17,7 @@ import onnxruntime
 
 
 def fake_tensorrt(version: str = "10.3.0", **changes: Any) -> Any:
-    """A module of its own, with a `record` of what was built and of the timing caches that were offered.
+    """A module of its own, with a `record` of what was built, which timing caches were offered and which profiles set.
 
     Args:
         changes: `strongly_typed` value of that enum member; `starts` False: no builder or runtime; `accepts_profiles`,
@@ -28,7 +28,7 @@ def fake_tensorrt(version: str = "10.3.0", **changes: Any) -> Any:
         ("starts", "accepts_profiles", "accepts_timings", "builds", "loads", "has_memory", "runs"), True
     )
     behaviour = SimpleNamespace(**{**usual, **changes})
-    record = SimpleNamespace(built=[], timings=[], network_flags=[], behaviour=behaviour)
+    record = SimpleNamespace(built=[], timings=[], network_flags=[], switched=[], behaviour=behaviour)
 
     class Builder(_Builder):
         def __init__(self, logger: Any) -> None:
@@ -47,7 +47,7 @@ def fake_tensorrt(version: str = "10.3.0", **changes: Any) -> Any:
             if not behaviour.loads:
                 self.logger.log(1, "the engine was made by another TensorRT")
                 return None
-            return _Engine(json.loads(content), behaviour, self.logger)
+            return _Engine(json.loads(content), record, self.logger)
 
     return SimpleNamespace(
         __name__=f"fake-{version}-{id(record)}",
@@ -154,10 +154,10 @@ _TYPES = {
 
 
 class _Engine:
-    def __init__(self, plan: Any, behaviour: Any, logger: Any) -> None:
+    def __init__(self, plan: Any, record: Any, logger: Any) -> None:
         self.session = onnxruntime.InferenceSession(plan[0], providers=["CPUExecutionProvider"])
         self.profiles: list[dict[str, Any]] = plan[1]["profiles"]
-        self.behaviour, self.logger = behaviour, logger
+        self.record, self.behaviour, self.logger = record, record.behaviour, logger
         self.values = {value.name: value for value in [*self.session.get_inputs(), *self.session.get_outputs()]}
         self.ins = [value.name for value in self.session.get_inputs()]
         self.num_io_tensors = len(self.values)
@@ -192,6 +192,7 @@ class _Context:
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.profile, self.sizes = index, {}
+        self.engine.record.switched.append(index)
         return stream != 0 and index < self.engine.num_optimization_profiles
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:

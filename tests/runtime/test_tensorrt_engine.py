@@ -98,6 +98,15 @@ def test_another_bucket_allocates_nothing_and_closing_frees_everything(
         engine.run({})
 
 
+def test_the_profile_is_switched_only_for_another_bucket(bundle: Bundle, stream: CudaStream) -> None:
+    trt = fake_tensorrt()
+    with TensorRTEngine(find_engine(bundle, "prompt", ORIN)[0], trt, stream) as engine:
+        trt.record.switched.clear()
+        for text in (16, 16, 32, 32, 32, 16):
+            engine.run(feeds_for(engine, text, bundle.manifest.dims.queries))
+    assert trt.record.switched == [0, 1, 0]
+
+
 def test_a_size_without_a_profile_is_refused_with_those_there_are(bundle: Bundle, stream: CudaStream) -> None:
     with load(bundle, "prompt", stream) as engine:
         with pytest.raises(EngineError, match=r"was not built for \{'text_ids': \(20,\).*'text_ids': \(16,\).*\(64,\)"):
