@@ -180,6 +180,25 @@ def inspect(
         print_report(report)
 
 
+@app.command()
+def build(
+    bundle: Annotated[str, typer.Argument(help="A bundle's directory, or `tiny`.")],
+    variant: Annotated[str | None, typer.Option(help="Which precision of the graphs [default: the bundle's].")] = None,
+    workspace: Annotated[int | None, typer.Option(min=1, help="MiB of scratch memory [default: TensorRT's own limit].")] = None,
+    target: Annotated[str | None, typer.Option(help="sm86, sm120, ...: a GPU that is not here, with TensorRT-RTX.")] = None,
+) -> None:
+    """Build the TensorRT engines of a bundle, on the machine that is to run them."""
+    from keepsight.runtime import tensorrt_build as building
+    from keepsight.runtime.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    trt, aimed = building.tensorrt_for(target)
+    folder = building.build_engines(
+        opened, trt, aimed, variant=variant, workspace_mib=workspace, progress=lambda step: typer.echo(step, err=True)
+    )
+    typer.echo(folder)
+
+
 def _one_of(question: str | None, prompt: str | None) -> str:
     if (question is None) == (prompt is None):
         raise UsageError("Give a question or --prompt, one of them.")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from keepsight.streams.errors import EngineError, MissingComponentError
 
-__all__ = ["Engine", "OnnxRuntimeEngine", "TensorSpec"]
+__all__ = ["Engine", "OnnxRuntimeEngine", "TensorSpec", "check_feeds", "check_finite"]
 
 Array = npt.NDArray[Any]
 
@@ -114,38 +114,53 @@ class OnnxRuntimeEngine:
         """See :meth:`Engine.run`."""
         if self._session is None:
             raise EngineError(f"{self.path.name} is closed.", fix="Load it again.")
-        self._check(feeds)
+        check_feeds(self.path.name, self.inputs, feeds)
         names = list(self.outputs)
         try:
             values = self._session.run(names, dict(feeds))
         except Exception as error:  # ONNX Runtime's own errors share no base but this
             raise EngineError(f"{self.path.name} failed: {error}") from error
         results = dict(zip(names, values, strict=True))
-        for name, value in results.items():
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
-                bad = np.count_nonzero(~np.isfinite(value))
-                raise EngineError(
-                    f"output {name!r} of {self.path.name} has {bad} of {value.size} values that are nan or inf.",
-                    fix="Look for such values in the inputs; if there are none, the graph overflows at this precision.",
-                )
+        check_finite(self.path.name, results)
         return results
 
     def close(self) -> None:
         """See :meth:`Engine.close`."""
         self._session = None
 
-    def _check(self, feeds: Mapping[str, Array]) -> None:
-        if feeds.keys() != self.inputs.keys():
-            missing, unknown = sorted(self.inputs.keys() - feeds.keys()), sorted(feeds.keys() - self.inputs.keys())
+
+def check_feeds(name: str, inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) -> None:
+    """Refuse feeds that are not exactly a graph's inputs; `name` is the graph's, for the message.
+
+    Raises:
+        EngineError: a missing or unknown input, a wrong dtype or shape.
+    """
+    if feeds.keys() != inputs.keys():
+        missing, unknown = sorted(inputs.keys() - feeds.keys()), sorted(feeds.keys() - inputs.keys())
+        raise EngineError(
+            f"{name} got other inputs than it has: missing {missing}, unknown {unknown}.",
+            fix=f"Its inputs are {', '.join(inputs)}.",
+        )
+    for key, spec in inputs.items():
+        array = feeds[key]
+        if not isinstance(array, np.ndarray) or not spec.fits(array):
+            got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise EngineError(f"input {key!r} of {name} must be {spec}, got {got}.")
+
+
+def check_finite(name: str, results: Mapping[str, Array]) -> None:
+    """Refuse outputs with nan or inf; `name` is the graph's, for the message.
+
+    Raises:
+        EngineError: an output that is not finite.
+    """
+    for key, value in results.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            bad = np.count_nonzero(~np.isfinite(value))
             raise EngineError(
-                f"{self.path.name} got other inputs than it has: missing {missing}, unknown {unknown}.",
-                fix=f"Its inputs are {', '.join(self.inputs)}.",
+                f"output {key!r} of {name} has {bad} of {value.size} values that are nan or inf.",
+                fix="Look for such values in the inputs; if there are none, the graph overflows at this precision.",
             )
-        for name, spec in self.inputs.items():
-            array = feeds[name]
-            if not isinstance(array, np.ndarray) or not spec.fits(array):
-                got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-                raise EngineError(f"input {name!r} of {self.path.name} must be {spec}, got {got}.")
 
 
 def _load(path: Path, providers: tuple[str, ...], threads: int) -> Any:

@@ -32,7 +32,8 @@ class PatchVision(nn.Module):
         self.norm = nn.LayerNorm(CHANNELS, elementwise_affine=False)
 
     def forward(self, frames: Tensor) -> Tensor:
-        pixels = frames.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+        # Cast first: TensorRT takes uint8 as an input, and can do nothing with it but cast it.
+        pixels = frames.to(torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
         features: Tensor = self.norm(self.project(pixels).flatten(2).transpose(1, 2))
         return features
 

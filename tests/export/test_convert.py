@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from keepsight.export.convert import Conversion, convert, language_source
 from keepsight.runtime import Session
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
+from keepsight.runtime.engine_store import find_engine
 from keepsight.runtime.qformer import QFormer, StandingQuestion
+from keepsight.runtime.tensorrt_build import build_engines, target_of
 from keepsight.streams import Frame
 from keepsight.streams.errors import CheckpointError, UsageError
 
@@ -128,6 +131,16 @@ def test_blip2_without_text(tmp_path: Path) -> None:
     assert manifest.dims.text_buckets == (0,) and manifest.tokenizer is None
     differences, _ = compare(model, tmp_path / "bundle", forced=True)
     assert max(differences) < FORCED
+
+
+@pytest.mark.parametrize("kind", [hf_models.instructblip, hf_models.blip2])  # with text and without
+def test_the_graphs_build_in_tensorrt(tmp_path: Path, kind: Callable[[], Any]) -> None:
+    rtx = pytest.importorskip("tensorrt_rtx", reason='TensorRT-RTX is not installed (pip install "keepsight[trt-rtx]")')
+    convert(load_huggingface(hf_models.save(kind(), tmp_path / "hf")), tmp_path / "bundle", OPTIONS)
+    bundle, ampere = Bundle.open(tmp_path / "bundle"), target_of(rtx, 86)
+    build_engines(bundle, rtx, ampere)
+    for graph in bundle.manifest.graphs:
+        assert find_engine(bundle, graph, ampere)
 
 
 def fine_tuned(folder: Path, table: torch.Tensor) -> Any:

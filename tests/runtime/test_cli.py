@@ -19,6 +19,8 @@ from keepsight.runtime.bundle import Bundle
 from keepsight.streams import errors, write_video
 from keepsight.streams.errors import KeepsightError
 
+from ..random_bundle import make_bundle
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "GGML_NO_BACKTRACE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
@@ -98,6 +100,10 @@ def _empty_question(_: Path) -> list[str | Path]:
     return ["ask", "test://ball", " "]
 
 
+def _unknown_gpu(_: Path) -> list[str | Path]:
+    return ["build", "tiny", "--target", "orin"]
+
+
 def _long_question(_: Path) -> list[str | Path]:
     return ["ask", "test://ball", "what shape " * 40]
 
@@ -115,6 +121,7 @@ def _long_question(_: Path) -> list[str | Path]:
         (_no_dataset, 12, "nonesuch"),
         (_no_question, 2, "--prompt"),
         (_empty_question, 2, "empty"),
+        (_unknown_gpu, 2, "sm86"),
         (_long_question, 2, "64"),  # tokens that fit
     ],
 )
@@ -133,6 +140,28 @@ def test_missing_gstreamer_names_the_packages() -> None:
     result = keepsight("ask", "test://ball", "what is this?", before=hidden)
     assert result.returncode == 7, result.stderr
     assert "apt" in result.stderr and "python3-gi" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "module", "says"),
+    [((), "tensorrt", "apt install python3-libnvinfer"), (("--target", "sm86"), "tensorrt_rtx", "keepsight[trt-rtx]")],
+)
+def test_build_without_tensorrt_says_where_it_comes_from(options: tuple[str, ...], module: str, says: str) -> None:
+    result = keepsight("build", "tiny", *options, before=f"import sys; sys.modules[{module!r}] = None")
+    assert result.returncode == 7, result.stderr
+    assert says in result.stderr and "Traceback" not in result.stderr
+
+
+def test_build_prints_the_directory_and_says_what_it_does(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    bundle = make_bundle(tmp_path / "bundle", layers=2)
+    first = keepsight("build", bundle, "--target", "sm86")
+    assert first.returncode == 0, first.stderr
+    folder = Path(first.stdout.strip())
+    assert folder.parent == bundle / "engines" and (folder / "engine.json").is_file()
+    assert "step: built in" in first.stderr
+    again = keepsight("build", bundle, "--target", "sm86")
+    assert again.stdout == first.stdout and again.stderr.count("unchanged") == 6
 
 
 def test_no_first_frame_is_an_error_of_its_own() -> None:

@@ -1,0 +1,236 @@
+"""A double of TensorRT's Python module: it reads inputs from real ONNX files, "engines" say how they were configured, and run
+in ONNX Runtime on whatever lies at the addresses that they are given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from enum import Enum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+
+def fake_tensorrt(version: str = "10.3.0", **changes: Any) -> Any:
+    """A module of its own, with a `record` of what was built, which timing caches were offered and which profiles set.
+
+    Args:
+        changes: `strongly_typed` value of that enum member; `starts` False: no builder or runtime; `accepts_profiles`,
+            `accepts_timings` False: refused as TensorRT does; `builds`, `loads`, `has_memory` False: None instead of an engine
+            or a context; `runs` False: a run that fails.
+    """
+    usual = {"strongly_typed": 1} | dict.fromkeys(
+        ("starts", "accepts_profiles", "accepts_timings", "builds", "loads", "has_memory", "runs"), True
+    )
+    behaviour = SimpleNamespace(**{**usual, **changes})
+    record = SimpleNamespace(built=[], timings=[], network_flags=[], switched=[], behaviour=behaviour)
+
+    class Builder(_Builder):
+        def __init__(self, logger: Any) -> None:
+            if not behaviour.starts:
+                logger.log(1, "no driver")
+                raise TypeError("pybind11::init(): factory function returned nullptr")
+            self.record, self.logger = record, logger
+
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            if not behaviour.starts:
+                raise TypeError("pybind11::init(): factory function returned nullptr")
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, content: bytes) -> Any:
+            if not behaviour.loads:
+                self.logger.log(1, "the engine was made by another TensorRT")
+                return None
+            return _Engine(json.loads(content), record, self.logger)
+
+    return SimpleNamespace(
+        __name__=f"fake-{version}-{id(record)}",
+        __version__=version,
+        record=record,
+        Builder=Builder,
+        OnnxParser=_Parser,
+        Runtime=Runtime,
+        TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
+        DataType=SimpleNamespace(**{name: name for name in ("FLOAT", "HALF", "INT8", "INT32", "INT64", "UINT8", "BOOL")}),
+        ILogger=type("ILogger", (), {"__init__": lambda self: None}),
+        NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=behaviour.strongly_typed),
+        BuilderFlag=Enum("BuilderFlag", ["TF32", "FP16"]),
+        MemoryPoolType=Enum("MemoryPoolType", ["WORKSPACE"]),
+    )
+
+
+class _Builder:
+    record: Any
+    logger: Any
+
+    def create_network(self, flags: int) -> Any:
+        self.record.network_flags.append(flags)
+        return SimpleNamespace(inputs=[], num_inputs=0, num_outputs=0, path=None)
+
+    def create_builder_config(self) -> Any:
+        return _Config(self.record)
+
+    def create_optimization_profile(self) -> Any:
+        shapes: dict[str, Any] = {}
+        return SimpleNamespace(shapes=shapes, set_shape=lambda name, *limits: shapes.update({name: limits}))
+
+    def build_serialized_network(self, network: Any, config: Any) -> bytes | None:
+        if not self.record.behaviour.builds:
+            self.logger.log(2, "a warning before")
+            self.logger.log(1, "no tactics\nto implement the operation")
+            return None
+        self.record.built.append(Path(network.path).stem)
+        said = {"cleared": config.cleared, "pools": config.pools, "profiles": config.profiles}
+        return json.dumps([network.path, said, sorted(config.cleared)]).encode()
+
+
+class _Config:
+    def __init__(self, record: Any) -> None:
+        self.record = record
+        self.cleared: list[str] = []
+        self.pools: dict[str, int] = {}
+        self.profiles: list[Any] = []
+        self.timings: Any = None
+
+    def clear_flag(self, flag: Any) -> None:
+        self.cleared.append(flag.name)
+
+    def set_memory_pool_limit(self, pool: Any, size: int) -> None:
+        self.pools[pool.name] = size
+
+    def add_optimization_profile(self, profile: Any) -> int:
+        if not self.record.behaviour.accepts_profiles:
+            return -1
+        self.profiles.append(profile.shapes)
+        return len(self.profiles) - 1
+
+    def create_timing_cache(self, content: bytes) -> Any:
+        return SimpleNamespace(content=content, serialize=lambda: content + b"+1")
+
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        self.record.timings.append(cache.content)
+        if cache.content and not self.record.behaviour.accepts_timings:
+            return False
+        self.timings = cache
+        return True
+
+    def get_timing_cache(self) -> Any:
+        return self.timings
+
+
+class _Parser:
+    num_errors = 0
+
+    def __init__(self, network: Any, logger: Any) -> None:
+        self.network = network
+
+    def parse_from_file(self, path: str) -> bool:
+        graph = onnx.load(path, load_external_data=False).graph
+        inputs = [_tensor(value) for value in graph.input]
+        self.network.path, self.network.num_inputs, self.network.num_outputs = path, len(inputs), len(graph.output)
+        self.network.get_input = inputs.__getitem__
+        return True
+
+
+def _tensor(value: Any) -> Any:
+    dims = value.type.tensor_type.shape.dim
+    shape = tuple(-1 if dim.dim_param else dim.dim_value for dim in dims)
+    return SimpleNamespace(name=value.name, shape=shape, get_dimension_name=lambda axis: dims[axis].dim_param)
+
+
+_TYPES = {
+    "tensor(float)": ("FLOAT", np.float32),
+    "tensor(int32)": ("INT32", np.int32),
+    "tensor(int64)": ("INT64", np.int64),
+    "tensor(uint8)": ("UINT8", np.uint8),
+}
+
+
+class _Engine:
+    def __init__(self, plan: Any, record: Any, logger: Any) -> None:
+        self.session = onnxruntime.InferenceSession(plan[0], providers=["CPUExecutionProvider"])
+        self.profiles: list[dict[str, Any]] = plan[1]["profiles"]
+        self.record, self.behaviour, self.logger = record, record.behaviour, logger
+        self.values = {value.name: value for value in [*self.session.get_inputs(), *self.session.get_outputs()]}
+        self.ins = [value.name for value in self.session.get_inputs()]
+        self.num_io_tensors = len(self.values)
+        self.num_optimization_profiles = max(1, len(self.profiles))  # a static graph has TensorRT's own
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.values)[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name in self.ins else "out"
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return _TYPES[self.values[name].type][0]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(size if isinstance(size, int) else -1 for size in self.values[name].shape)
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> Any:
+        return self.profiles[index][name]
+
+    def create_execution_context(self) -> Any:
+        return _Context(self) if self.behaviour.has_memory else None
+
+
+class _Context:
+    """As strict as TensorRT: a switched profile forgets the shapes, and a run needs every shape and address."""
+
+    def __init__(self, engine: _Engine) -> None:
+        self.engine, self.sizes = engine, dict[str, int]()
+        self.profile: int | None = None
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.profile, self.sizes = index, {}
+        self.engine.record.switched.append(index)
+        return stream != 0 and index < self.engine.num_optimization_profiles
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert self.profile is not None
+        low, _, high = self.engine.profiles[self.profile][name]
+        self.sizes.update(
+            {axis: size for axis, size in zip(self.engine.values[name].shape, shape, strict=True) if isinstance(axis, str)}
+        )
+        return all(a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        shape = tuple(size if isinstance(size, int) else self.sizes.get(size, -1) for size in self.engine.values[name].shape)
+        return self._inferred()[name] if -1 in shape and name not in self.engine.ins and self.sizes else shape
+
+    def _inferred(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of outputs whose axes the file does not name, as TensorRT would infer them: seen in a run on zeros."""
+        engine = self.engine
+        zeros = {
+            name: np.zeros(self.get_tensor_shape(name), _TYPES[engine.values[name].type][1]) for name in engine.ins
+        }
+        results = engine.session.run(None, zeros)
+        return {value.name: result.shape for value, result in zip(engine.session.get_outputs(), results, strict=True)}
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return address != 0
+
+    def execute_async_v3(self, stream: int) -> bool:
+        engine = self.engine
+        if not engine.behaviour.runs or self.addresses.keys() != engine.values.keys():
+            engine.logger.log(1, "an address is missing, or the GPU is")
+            return False
+        results = engine.session.run(None, {name: self._read(name) for name in engine.ins})
+        for value, result in zip(engine.session.get_outputs(), results, strict=True):
+            ctypes.memmove(self.addresses[value.name], np.ascontiguousarray(result).ctypes.data, result.nbytes)
+        return True
+
+    def _read(self, name: str) -> Any:
+        shape, dtype = self.get_tensor_shape(name), np.dtype(_TYPES[self.engine.values[name].type][1])
+        content = ctypes.string_at(self.addresses[name], int(np.prod(shape)) * dtype.itemsize)
+        return np.frombuffer(content, dtype).reshape(shape)
