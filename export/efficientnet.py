@@ -91,7 +91,8 @@ class EfficientNetLite0(nn.Module):
         self.head = SameConv(channels, CHANNELS, 1)
 
     def forward(self, frames: Tensor) -> Tensor:
-        x = (frames.permute(0, 3, 1, 2).to(self.stem.weight.dtype) - PIXEL_MEAN) / PIXEL_SCALE
+        # Cast first: TensorRT takes uint8 as an input, and can do nothing with it but cast it.
+        x = (frames.to(self.stem.weight.dtype).permute(0, 3, 1, 2) - PIXEL_MEAN) / PIXEL_SCALE
         x = F.relu6(self.stem(x))
         for block in self.blocks:
             x = block(x)

@@ -258,21 +258,10 @@ def plan(rtx: Any, path: Path, *profiles: Profile, sm: int = 86, workspace_mib: 
     )
 
 
-SHIPPED_VISION = pytest.param(
-    "tiny",
-    "vision",
-    marks=pytest.mark.xfail(
-        raises=EngineError,
-        reason="the shipped vision.onnx turns its uint8 frames before it casts them; TensorRT can only cast uint8",
-    ),
-)
-
-
 @pytest.mark.parametrize("sm", [86, 120])
 @pytest.mark.parametrize(
     ("which", "graph"),
-    [("random", graph) for graph in GRAPHS]
-    + [SHIPPED_VISION if graph == "vision" else ("tiny", graph) for graph in GRAPHS],
+    [(which, graph) for which in ("random", "tiny") for graph in GRAPHS],
 )
 def test_every_graph_of_a_bundle_builds(rtx: Any, random_bundle: Path, which: str, graph: str, sm: int) -> None:
     opened = Bundle.open(random_bundle if which == "random" else "tiny", verify=False)
