@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from keepsight.export.checkpoints import load_huggingface
-from keepsight.export.convert import Conversion, convert, language_source
+from keepsight.export.convert import Conversion, Precision, convert, language_source
 from keepsight.runtime import Session
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
@@ -133,10 +133,12 @@ def test_blip2_without_text(tmp_path: Path) -> None:
     assert max(differences) < FORCED
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("kind", [hf_models.instructblip, hf_models.blip2])  # with text and without
-def test_the_graphs_build_in_tensorrt(tmp_path: Path, kind: Callable[[], Any]) -> None:
+def test_the_graphs_build_in_tensorrt(tmp_path: Path, kind: Callable[[], Any], precision: Precision) -> None:
     rtx = pytest.importorskip("tensorrt_rtx", reason='TensorRT-RTX is not installed (pip install "keepsight[trt-rtx]")')
-    convert(load_huggingface(hf_models.save(kind(), tmp_path / "hf")), tmp_path / "bundle", OPTIONS)
+    options = replace(OPTIONS, precision=precision)
+    convert(load_huggingface(hf_models.save(kind(), tmp_path / "hf")), tmp_path / "bundle", options)
     bundle, ampere = Bundle.open(tmp_path / "bundle"), target_of(rtx, 86)
     build_engines(bundle, rtx, ampere)
     for graph in bundle.manifest.graphs:

@@ -15,6 +15,8 @@ from keepsight.runtime import easyvqa
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
 from keepsight.runtime.engine import OnnxRuntimeEngine
+from keepsight.runtime.engine_store import find_engine
+from keepsight.runtime.tensorrt_build import build_engines, target_of
 from keepsight.streams.errors import ParityError, UsageError
 
 from ..random_bundle import IMAGE_SIZE, make_bundle, random_frames
@@ -39,6 +41,15 @@ def test_the_tiny_encoder_in_8_bits(tmp_path: Path) -> None:
     with OnnxRuntimeEngine(bundle.graph_path("vision")) as small, OnnxRuntimeEngine(folder / "vision.onnx") as plain:
         a, b = (engine.run({"frames": frames})["features"] for engine in (small, plain))
     assert 0.9 < float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)) < 0.99999
+
+
+def test_it_builds_in_tensorrt(tmp_path: Path) -> None:
+    rtx = pytest.importorskip("tensorrt_rtx", reason='TensorRT-RTX is not installed (pip install "keepsight[trt-rtx]")')
+    quantize_vision(Bundle.open(make_bundle(tmp_path)), random_frames(12), least_cosine=0.9)
+    bundle = Bundle.open(tmp_path, variant="int8")
+    for sm in (86, 120):
+        build_engines(bundle, rtx, target_of(rtx, sm), variant="int8")
+        assert find_engine(bundle, "vision", target_of(rtx, sm), "int8")
 
 
 def test_scales_are_symmetric_and_weights_per_channel(tmp_path: Path) -> None:

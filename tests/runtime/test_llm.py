@@ -536,8 +536,9 @@ for generation in big:
     generation.close()
 
 texts = set()
-def ask():
-    texts.add(llm.answer([Text("The sky is")], max_tokens=6).text)          # two threads in one context abort
+def ask():                                                                  # two threads in one context abort
+    # Sums run in another order where other answers lie in the cache: only a text without near-ties must be the same.
+    texts.add(llm.answer([Text("one, two, three, four, five, six,")], max_tokens=4).text)
 threads = [threading.Thread(target=ask) for _ in range(4)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
