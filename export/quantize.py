@@ -158,7 +158,8 @@ def _quantize(plain: Path, target: Path, frames: Sequence[NDArray[np.uint8]], ke
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+            # TensorRT dequantises no 32-bit biases, so they stay float32.
+            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
         )
 
 

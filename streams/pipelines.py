@@ -97,7 +97,11 @@ def test_patterns() -> list[str]:
     """The names that `test://` takes, as this machine's videotestsrc has them."""
     gst = load_gst()
     pattern = gst.ElementFactory.make("videotestsrc").find_property("pattern")
-    return [value.value_nick for value in pattern.enum_class.__enum_values__.values()]
+    # In PyGObject 3.50 `enum_class` and `default_value` are other things than before; this method is new there.
+    default = pattern.get_default_value() if hasattr(pattern, "get_default_value") else pattern.default_value
+    kind = type(default)
+    values = kind.__enum_values__.values() if hasattr(kind, "__enum_values__") else kind  # an `enum.Enum` since 3.52
+    return [value.value_nick for value in values]
 
 
 def _file(uri: SourceURI, delivery: Delivery) -> Recipe:
