@@ -286,11 +286,6 @@ def test_a_whole_bundle_is_built_and_the_second_call_builds_nothing(rtx: Any, bu
     assert [step.graph for step in steps if step.state == "built"] == ["prompt"]
 
 
-def test_the_same_input_gives_the_same_bytes(rtx: Any, bundle: Bundle) -> None:
-    path = bundle.graph_path("visual_kv")
-    assert plan(rtx, path) == plan(rtx, path)
-
-
 @pytest.mark.parametrize(
     ("profiles", "said"),
     [
