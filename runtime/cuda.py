@@ -1,11 +1,14 @@
-"""The little of the CUDA driver's API that running an engine takes: memory, copies and one stream, through ctypes.
+"""What running an engine takes of the CUDA driver, through cuda-python: one stream, memory, copies, and CUDA graphs.
 
-JetPack brings the driver; no Python package of CUDA's is needed. TensorRT works in the device's primary context, as this does.
+TensorRT works in the device's primary context, and so does this. JetPack brings the driver.
 """
 
 from __future__ import annotations
 
-import ctypes
+import importlib
+import threading
+from collections.abc import Callable
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,23 +16,38 @@ import numpy.typing as npt
 
 from keepsight.streams.errors import EngineError, MissingComponentError
 
-__all__ = ["CudaStream", "DeviceStream", "call", "load_driver"]
+__all__ = ["CudaGraph", "CudaStream", "DeviceGraph", "DeviceStream", "call", "start_driver"]
 
 Array = npt.NDArray[Any]
 
-_DRIVER = "libcuda.so.1"
-_NON_BLOCKING = 1  # cuda.h: CU_STREAM_NON_BLOCKING. The default stream would wait for llama.cpp's work, and it for ours
+
+class DeviceGraph(Protocol):
+    """Work that was captured once, and is launched as one piece."""
+
+    def launch(self) -> None:
+        """Enqueue it on the stream that it was captured from."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class DeviceStream(Protocol):
-    """A stream of work on a device, and memory there. Addresses are those that TensorRT takes."""
+    """Work on a device, done in the order in which it is enqueued, and memory there. Addresses are those that TensorRT takes.
+
+    Whoever enqueues holds the stream (`with stream:`): two engines whose kernels mixed would share their scratch memory, and a
+    capture would take in another thread's work.
+    """
 
     @property
     def handle(self) -> int: ...
 
-    def enter(self) -> None:
-        """Make the device's context that of the calling thread."""
+    def __enter__(self) -> DeviceStream:
+        """Wait for one's turn, and make the device's context that of the calling thread."""
         ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
 
     def allocate(self, size: int) -> int:
         """Address of `size` bytes on the device."""
@@ -45,8 +63,16 @@ class DeviceStream(Protocol):
         """Enqueue a copy from the device into a contiguous array."""
         ...
 
+    def copy_within(self, to: int, source: int, size: int) -> None:
+        """Enqueue a copy from one place on the device to another."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until everything that was enqueued is done."""
+        ...
+
+    def capture(self, enqueue: Callable[[], None]) -> DeviceGraph:
+        """Record what a function enqueues, which is not run, as a graph."""
         ...
 
     def close(self) -> None: ...
@@ -56,19 +82,19 @@ class CudaStream:
     """A stream of the first GPU.
 
     Raises:
-        MissingComponentError: there is no CUDA driver.
+        MissingComponentError: there is no CUDA driver, or no cuda-python.
         EngineError: there is no GPU, or the driver refuses; from every method.
     """
 
     def __init__(self) -> None:
-        self._driver = load_driver()
-        self._device, self._context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
-        call(self._driver, "cuInit", 0)
-        call(self._driver, "cuDeviceGet", ctypes.byref(self._device), 0)
-        call(self._driver, "cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
-        self.enter()
-        call(self._driver, "cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
-        self._stream: ctypes.c_void_p | None = stream
+        self._driver = start_driver()
+        self._turn = threading.RLock()
+        self._device = call(self._driver, "cuDeviceGet", 0)
+        self._context = call(self._driver, "cuDevicePrimaryCtxRetain", self._device)
+        # The default stream would wait for llama.cpp's work, and it for ours.
+        flags = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        with self:
+            self._stream: Any = call(self._driver, "cuStreamCreate", int(flags))
 
     @property
     def handle(self) -> int:
@@ -77,68 +103,127 @@ class CudaStream:
         Raises:
             EngineError: the stream is closed.
         """
-        if self._stream is None or self._stream.value is None:
-            raise EngineError("the CUDA stream is closed.")
-        return self._stream.value
+        return int(self._open())
 
-    def enter(self) -> None:
+    def __enter__(self) -> CudaStream:
+        self._turn.acquire()
         call(self._driver, "cuCtxSetCurrent", self._context)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._turn.release()
 
     def allocate(self, size: int) -> int:
-        address = ctypes.c_uint64()
-        call(self._driver, "cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(size, 1)))
-        return address.value
+        return int(call(self._driver, "cuMemAlloc", max(size, 1)))
 
     def free(self, address: int) -> None:
-        call(self._driver, "cuMemFree_v2", ctypes.c_uint64(address))
+        call(self._driver, "cuMemFree", address)
 
     def copy_in(self, address: int, array: Array) -> None:
-        self._copy("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), ctypes.c_void_p(_contiguous(array)), array.nbytes)
+        self._copy("cuMemcpyHtoDAsync", address, _contiguous(array), array.nbytes)
 
     def copy_out(self, array: Array, address: int) -> None:
-        self._copy("cuMemcpyDtoHAsync_v2", ctypes.c_void_p(_contiguous(array)), ctypes.c_uint64(address), array.nbytes)
+        self._copy("cuMemcpyDtoHAsync", _contiguous(array), address, array.nbytes)
+
+    def copy_within(self, to: int, source: int, size: int) -> None:
+        self._copy("cuMemcpyDtoDAsync", to, source, size)
 
     def synchronize(self) -> None:
-        call(self._driver, "cuStreamSynchronize", ctypes.c_void_p(self.handle))
+        call(self._driver, "cuStreamSynchronize", self._open())
+
+    def capture(self, enqueue: Callable[[], None]) -> CudaGraph:
+        """See :meth:`DeviceStream.capture`. What `enqueue` raises is raised again, and nothing is kept.
+
+        Raises:
+            EngineError: something that was enqueued can't be part of a graph.
+        """
+        # Of this thread alone: another one, llama.cpp's say, may do what a global capture would forbid it.
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        call(self._driver, "cuStreamBeginCapture", self._open(), mode)
+        try:
+            enqueue()
+        except Exception:
+            self._driver.cuStreamEndCapture(self._open())  # an error of its own would hide the first
+            raise
+        graph = call(self._driver, "cuStreamEndCapture", self._open())
+        try:
+            return CudaGraph(self._driver, self._open(), call(self._driver, "cuGraphInstantiate", graph, 0))
+        finally:
+            call(self._driver, "cuGraphDestroy", graph)
 
     def close(self) -> None:
         """Free the stream; closing it twice is no error."""
         if self._stream is not None:
-            call(self._driver, "cuStreamDestroy_v2", self._stream)
-            call(self._driver, "cuDevicePrimaryCtxRelease_v2", self._device)
-            self._stream = None
+            with self:
+                call(self._driver, "cuStreamDestroy", self._stream)
+                call(self._driver, "cuDevicePrimaryCtxRelease", self._device)
+                self._stream = None
 
-    def _copy(self, function: str, to: Any, source: Any, size: int) -> None:
+    def _open(self) -> Any:
+        if self._stream is None:
+            raise EngineError("the CUDA stream is closed.")
+        return self._stream
+
+    def _copy(self, function: str, to: int, source: int, size: int) -> None:
         if size:
-            call(self._driver, function, to, source, ctypes.c_size_t(size), ctypes.c_void_p(self.handle))
+            call(self._driver, function, to, source, size, self._open())
 
 
-def load_driver() -> Any:
-    """The CUDA driver's library.
+class CudaGraph:
+    """See :class:`DeviceGraph`; made by :meth:`CudaStream.capture`."""
+
+    def __init__(self, driver: Any, stream: Any, executable: Any) -> None:
+        self._driver, self._stream, self._executable = driver, stream, executable
+
+    def launch(self) -> None:
+        call(self._driver, "cuGraphLaunch", self._executable, self._stream)
+
+    def close(self) -> None:
+        call(self._driver, "cuGraphExecDestroy", self._executable)
+
+
+def start_driver() -> Any:
+    """cuda-python's module of the driver's API, with the driver started.
 
     Raises:
-        MissingComponentError: it is not on this machine.
+        MissingComponentError: cuda-python, or the driver, is not on this machine.
+        EngineError: the driver finds no GPU.
     """
     try:
-        return ctypes.CDLL(_DRIVER)
-    except OSError as error:
+        driver = importlib.import_module("cuda.bindings.driver")
+    except ImportError as error:
+        raise MissingComponentError(
+            f"cuda-python can't be loaded ({error}).", fix='Install it with: pip install "keepsight[tensorrt]"'
+        ) from error
+    try:
+        (status,) = driver.cuInit(0)
+    except RuntimeError as error:  # from cuda-python's search for the library, at the first call
         raise MissingComponentError(
             f"there is no CUDA driver here ({error}).",
             fix="Engines are built and run on a machine with an NVIDIA GPU: a Jetson, whose JetPack brings the driver.",
         ) from error
+    _check(driver, "cuInit", status)
+    return driver
 
 
-def call(driver: Any, function: str, *arguments: Any) -> None:
-    """Call a function of the driver.
+def call(driver: Any, function: str, *arguments: Any) -> Any:
+    """Call a function of the driver; returns what it gives: nothing, one value, or a tuple.
 
     Raises:
-        EngineError: it does not return success; the number is a `CUresult` of cuda.h.
+        EngineError: it refuses.
     """
-    status = getattr(driver, function)(*arguments)
-    if status != 0:
+    status, *values = getattr(driver, function)(*arguments)
+    _check(driver, function, status)
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
+def _check(driver: Any, function: str, status: Any) -> None:
+    if status != driver.CUresult.CUDA_SUCCESS:
         raise EngineError(
-            f"the CUDA driver refused {function} (error {status}).",
-            fix="2 is out of memory; 100 and 999 are no device: check that this user may use the GPU (group `video`).",
+            f"the CUDA driver refused {function} ({status.name}).",
+            fix="OUT_OF_MEMORY: close what else uses the GPU. NO_DEVICE: check that this user may use it (group `video`).",
         )
 
 

@@ -1,4 +1,4 @@
-"""Engines run one graph: named numpy arrays in, named numpy arrays out, and an error rather than a silent fallback."""
+"""Engines run one graph: named arrays in, named arrays out, and an error rather than a silent fallback."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from keepsight.runtime.device import DeviceTensor
 from keepsight.streams.errors import EngineError, MissingComponentError
 
-__all__ = ["Engine", "OnnxRuntimeEngine", "TensorSpec", "check_feeds", "check_finite"]
+__all__ = ["Engine", "OnnxRuntimeEngine", "Tensor", "TensorSpec", "check_feeds", "check_finite"]
 
 Array = npt.NDArray[Any]
+Tensor = Array | DeviceTensor
+"""What goes into an engine: an array, or one that another engine on the same device has kept there."""
 
 _NUMPY_OF_ONNX = {
     "tensor(float)": np.float32,
@@ -41,7 +44,7 @@ class TensorSpec:
         sizes = ", ".join("?" if size is None else str(size) for size in self.shape)
         return f"{self.dtype} [{sizes}]"
 
-    def fits(self, array: Array) -> bool:
+    def fits(self, array: Tensor) -> bool:
         """Whether an array has this dtype, rank, and every fixed size."""
         return (
             array.dtype == self.dtype
@@ -59,11 +62,24 @@ class Engine(Protocol):
     @property
     def outputs(self) -> Mapping[str, TensorSpec]: ...
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Array]:
         """Run the graph once on exactly its inputs; every output by name.
 
         Raises:
             EngineError: a missing or unknown input, a wrong dtype or shape, a failed run, nan or inf in an output.
+        """
+        ...
+
+    def enqueue(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """As `run`, but outputs stay where they were computed, for the next graph. They last until this engine's next run.
+
+        np.asarray brings one to the host. What is not finite is not noticed here.
+        """
+        ...
+
+    def place(self, name: str, value: Array) -> Tensor:
+        """Bring an input to where this engine reads it, once for many runs: feed what is returned. It lasts until another
+        value is placed or fed under that name.
         """
         ...
 
@@ -110,7 +126,7 @@ class OnnxRuntimeEngine:
     ) -> None:
         self.close()
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Array]:
         """See :meth:`Engine.run`."""
         if self._session is None:
             raise EngineError(f"{self.path.name} is closed.", fix="Load it again.")
@@ -124,13 +140,26 @@ class OnnxRuntimeEngine:
         check_finite(self.path.name, results)
         return results
 
+    def enqueue(self, feeds: Mapping[str, Tensor]) -> dict[str, Array]:
+        """See :meth:`Engine.enqueue`; the outputs are arrays on the host."""
+        return self.run(feeds)
+
+    def place(self, name: str, value: Array) -> Array:
+        """See :meth:`Engine.place`; arrays are read where they are."""
+        return value
+
     def close(self) -> None:
         """See :meth:`Engine.close`."""
         self._session = None
 
 
-def check_feeds(name: str, inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) -> None:
+def check_feeds(
+    name: str, inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Tensor], *, kinds: tuple[type, ...] = (np.ndarray,)
+) -> None:
     """Refuse feeds that are not exactly a graph's inputs; `name` is the graph's, for the message.
+
+    Args:
+        kinds: of array that the engine can read.
 
     Raises:
         EngineError: a missing or unknown input, a wrong dtype or shape.
@@ -143,8 +172,8 @@ def check_feeds(name: str, inputs: Mapping[str, TensorSpec], feeds: Mapping[str,
         )
     for key, spec in inputs.items():
         array = feeds[key]
-        if not isinstance(array, np.ndarray) or not spec.fits(array):
-            got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+        if not isinstance(array, kinds) or not spec.fits(array):
+            got = f"{array.dtype} {list(array.shape)}" if isinstance(array, kinds) else type(array).__name__
             raise EngineError(f"input {key!r} of {name} must be {spec}, got {got}.")
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from keepsight.runtime.cuda import call, load_driver
+from keepsight.runtime.cuda import call, start_driver
 
 __all__ = ["Gpu", "jetson_linux", "this_gpu"]
 
-_MAJOR, _MINOR = 75, 76  # cuda.h: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+_LONGEST_NAME = 256
 _RELEASE = Path("/etc/nv_tegra_release")
 
 
@@ -27,17 +26,16 @@ def this_gpu() -> Gpu:
     """The first GPU that the CUDA driver lists; a Jetson has one.
 
     Raises:
-        MissingComponentError: there is no CUDA driver.
+        MissingComponentError: there is no CUDA driver, or no cuda-python.
         EngineError: the driver finds no GPU, or refuses.
     """
-    driver = load_driver()
-    device, major, minor, name = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
-    call(driver, "cuInit", 0)
-    call(driver, "cuDeviceGet", ctypes.byref(device), 0)
-    call(driver, "cuDeviceGetName", name, len(name), device)
-    call(driver, "cuDeviceGetAttribute", ctypes.byref(major), _MAJOR, device)
-    call(driver, "cuDeviceGetAttribute", ctypes.byref(minor), _MINOR, device)
-    return Gpu(name.value.decode(), 10 * major.value + minor.value)
+    driver = start_driver()
+    device = call(driver, "cuDeviceGet", 0)
+    name: bytes = call(driver, "cuDeviceGetName", _LONGEST_NAME, device)
+    asked = driver.CUdevice_attribute
+    major = call(driver, "cuDeviceGetAttribute", asked.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+    minor = call(driver, "cuDeviceGetAttribute", asked.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+    return Gpu(name.split(b"\0")[0].decode(), 10 * major + minor)
 
 
 def jetson_linux(release: Path = _RELEASE) -> str | None:

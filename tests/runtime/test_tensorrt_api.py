@@ -7,8 +7,10 @@ those are put there by a few lines of C, so nothing can be built with them; clas
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,8 @@ import pytest
 import keepsight.runtime.tensorrt_network
 from keepsight.runtime.gguf_cache import default_cache_dir
 from keepsight.runtime.tensorrt_engine import _NUMPY_OF_TENSORRT
+
+from . import fake_tensorrt
 
 VERSIONS = ("10.3.0", "10.7.0", "10.13.3.9", "10.16.1.11", "11.4.0.106")
 RUNTIME = Path(keepsight.runtime.tensorrt_network.__file__).parent
@@ -85,7 +89,13 @@ except EngineError as error:
 log_of(trt).clear()
 log_of(trt).ilogger.log(trt.ILogger.Severity.WARNING, "a warning")
 log_of(trt).ilogger.log(trt.ILogger.Severity.ERROR, "an error")
+def signatures(name):
+    owner, method = name.split(".")
+    text = getattr(getattr(trt, owner), method, None)
+    return (text.__doc__ or "").splitlines() if text is not None else []
+
 print(json.dumps({
+    "signatures": {name: signatures(name) for name in sys.argv[1:] if name.count(".") == 1},
     "complaints": log_of(trt).complaints(),
     "title": title_of(trt),
     "missing": [name for name in sys.argv[1:] if not found(name)],
@@ -199,6 +209,51 @@ def test_every_name_exists(version: str, libraries: Path) -> None:
     assert result["strongly_typed"] == (1 if version.startswith("10.") else 0)
     assert result["complaints"] == "an error"
     assert result["refused"].startswith(f"TensorRT {version} can't start")  # the stand-ins give no builder
+
+
+# The double's classes, by the class of TensorRT's that each stands for.
+DOUBLES = {
+    "Builder": fake_tensorrt._Builder,
+    "IBuilderConfig": fake_tensorrt._Config,
+    "OnnxParser": fake_tensorrt._Parser,
+    "Runtime": fake_tensorrt.fake_tensorrt().Runtime,
+    "ICudaEngine": fake_tensorrt._Engine,
+    "IExecutionContext": fake_tensorrt._Context,
+}
+
+
+def offered() -> dict[str, list[str] | None]:
+    """What the double offers: parameters of each public method, None for a property."""
+    return {
+        f"{owner}.{name}": list(inspect.signature(member).parameters)[1:] if inspect.isfunction(member) else None
+        for owner, double in DOUBLES.items()
+        for name, member in vars(double).items()
+        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property))
+    }
+
+
+def parameters(line: str) -> list[tuple[str, bool]]:
+    """Name, and whether it has a default, of the parameters but `self` in a signature as pybind11 writes it."""
+    inner = re.sub(r"\[[^\]]*\]", "", line[line.index("(") + 1 : line.rindex(") ->")])  # types' own commas
+    named = [part.strip() for part in inner.split(", ") if ":" in part]
+    return [(part.split(":")[0], "=" in part) for part in named if not part.startswith("self")]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_double_offers_what_the_bindings_have_and_takes_the_same_parameters(version: str, libraries: Path) -> None:
+    double = offered()
+    assert len(double) > 20
+    result = probe(version, libraries, *double)
+    assert result["missing"] == []
+    for name, mine in double.items():
+        if mine is None:
+            continue
+        signature = re.compile(rf"(\d+\. )?{name.split('.')[1]}\(.*->")
+        real = [parameters(line) for line in result["signatures"][name] if signature.match(line)]
+        assert any(
+            [theirs for theirs, _ in one][: len(mine)] == mine and all(has_default for _, has_default in one[len(mine) :])
+            for one in real
+        ), (name, mine, real)
 
 
 def test_a_name_that_a_version_lacks_is_found_out(libraries: Path) -> None:
