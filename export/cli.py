@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from keepsight.runtime.options import BackendOption, GraphsOption, VariantOption
 from keepsight.streams.errors import MissingComponentError, ParityError, UsageError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from keepsight.export.checkpoints import Checkpoint
+    from keepsight.runtime.backends import Engines
     from keepsight.runtime.bundle import Bundle
     from keepsight.runtime.parity import Report
 
@@ -112,20 +114,30 @@ def verify(
     ] = None,
     frames: Annotated[int | None, typer.Option(help="Frames to use at most [default: 5 memory lengths].")] = None,
     question: Annotated[list[str] | None, typer.Option(help="To ask; may be given several times.")] = None,
+    variant: VariantOption = None,
+    backend: BackendOption = "cpu",
+    cuda_graphs: GraphsOption = True,
     out: Annotated[Path, typer.Option(help="Where parity.json and parity.html go.")] = Path("."),
 ) -> None:
-    """Compare a bundle with what it was made from: every graph, the memory over a stream, and the answers."""
+    """Compare a bundle with what it was made from: every graph, the memory over a stream, and the answers.
+
+    On another backend than the CPU, and without --against, its engines are compared with its ONNX files.
+    """
+    from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle
     from keepsight.runtime.parity import write_report
 
     # Hashes are not checked here: the question is what the files compute.
-    opened = Bundle.open(bundle, verify=False)
-    if against is not None and against.suffix == ".npz":
-        report = _against_trace(opened, against, clip)
-    else:
-        _need("torch", "onnx", "transformers", "safetensors")
-        checkpoint = None if against is None else _open(against, vision, fine_tuned)
-        report = _against_source(opened, checkpoint, clip, frames, question or QUESTIONS)
+    opened = Bundle.open(bundle, variant=variant, verify=False)
+    with open_engines(opened, backend, cuda_graphs=cuda_graphs) as engines:
+        if against is not None and against.suffix == ".npz":
+            report = _against_trace(opened, engines, against, clip)
+        elif against is None and backend != "cpu":
+            report = _against_onnx(opened, engines, backend, clip, frames, (question or QUESTIONS)[0])
+        else:
+            _need("torch", "onnx", "transformers", "safetensors")
+            checkpoint = None if against is None else _open(against, vision, fine_tuned)
+            report = _against_source(opened, engines, checkpoint, clip, frames, question or QUESTIONS)
     written = write_report(report, out)
     _print_parity(report)
     typer.echo(f"written to {written[0]} and {written[1].name}")
@@ -135,31 +147,56 @@ def verify(
 
 
 def _against_source(
-    bundle: Bundle, checkpoint: Checkpoint | None, clip: str | None, frames: int | None, questions: Sequence[str]
+    bundle: Bundle,
+    engines: Engines,
+    checkpoint: Checkpoint | None,
+    clip: str | None,
+    frames: int | None,
+    questions: Sequence[str],
 ) -> Report:
     from keepsight.export import verify as check
 
-    dims = bundle.manifest.dims
     source = check.source_of(bundle, checkpoint)
-    count = frames or 5 * dims.memory_length
-    pictures = check.synthetic_clip(count, dims.image_size) if clip is None else _read_clip(bundle, clip, count)
-    name = f"{len(pictures)} frames of {clip or 'synthetic scenes'}"
+    pictures, name = _pictures(bundle, clip, frames)
     with _shown() as progress:
-        return check.verify(bundle, source, pictures, questions, clip=name, progress=progress)
+        return check.verify(bundle, source, pictures, questions, clip=name, engines=engines, progress=progress)
 
 
-def _against_trace(bundle: Bundle, path: Path, clip: str | None) -> Report:
+def _against_onnx(
+    bundle: Bundle, engines: Engines, backend: str, clip: str | None, frames: int | None, question: str
+) -> Report:
+    """Without PyTorch: this runs on the board."""
+    from keepsight.runtime.engine_check import check_engines
+    from keepsight.streams import Frame
+
+    pictures, name = _pictures(bundle, clip, frames)
+    fps = bundle.manifest.sample_fps
+    shown = [Frame(image, index / fps, 0.0, index) for index, image in enumerate(pictures)]
+    return check_engines(bundle, engines, shown, question, clip=name, backend=backend)
+
+
+def _pictures(bundle: Bundle, clip: str | None, frames: int | None) -> tuple[NDArray[np.uint8], str]:
+    """The frames to compare on, uint8 `[T, S, S, 3]`, and what to call them."""
+    from keepsight.runtime.clips import synthetic_clip
+
+    dims = bundle.manifest.dims
+    count = frames or 5 * dims.memory_length
+    pictures = synthetic_clip(count, dims.image_size) if clip is None else _read_clip(bundle, clip, count)
+    return pictures, f"{len(pictures)} frames of {clip or 'synthetic scenes'}"
+
+
+def _against_trace(bundle: Bundle, engines: Engines, path: Path, clip: str | None) -> Report:
     """Without PyTorch: this runs on the board."""
     from keepsight.runtime.trace_check import check_trace, read_trace
     from keepsight.streams import Source
 
     trace = read_trace(path)
     if clip is None:
-        return check_trace(bundle, trace, against=path.name)
+        return check_trace(bundle, trace, against=path.name, engines=engines)
     size = bundle.manifest.preprocessing
     rate = 1.0 if clip.lower().endswith(".npy") else bundle.manifest.sample_fps
     with Source(clip, size=(size.width, size.height), aspect=size.aspect, fps=rate) as source:
-        return check_trace(bundle, trace, source, against=path.name)
+        return check_trace(bundle, trace, source, against=path.name, engines=engines)
 
 
 def _read_clip(bundle: Bundle, clip: str, count: int) -> NDArray[np.uint8]:

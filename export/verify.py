@@ -28,8 +28,8 @@ from keepsight.export.qformer import QFormer
 from keepsight.export.streamed import export_streamed
 from keepsight.export.vision import export_vision, pretrained_vision
 from keepsight.export.weights import INDEX, load_qformer
+from keepsight.runtime.backends import Engines, open_engines
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.engine import Engine, OnnxRuntimeEngine, TensorSpec
 from keepsight.runtime.llm import LLM, Segment, render
 from keepsight.runtime.parity import (
     GRAPH_LIMITS,
@@ -44,9 +44,10 @@ from keepsight.runtime.parity import (
 from keepsight.runtime.qformer import QFormer as DeployedQFormer
 from keepsight.runtime.qformer import StandingQuestion
 from keepsight.runtime.session import load_llm
+from keepsight.runtime.tap import Tap
 from keepsight.streams.errors import CheckpointError, UsageError
 
-__all__ = ["Source", "source_of", "synthetic_clip", "verify"]
+__all__ = ["Source", "source_of", "verify"]
 
 _TINY = "keepsight-tiny"
 Arrays = Mapping[str, NDArray[Any]]
@@ -94,16 +95,6 @@ def source_of(bundle: Bundle, checkpoint: Checkpoint | None) -> Source:
     return Source(name, pretrained_vision, qformer, lambda path, _: export_vision(path))
 
 
-def synthetic_clip(count: int, size: int, *, seed: int = 0) -> NDArray[np.uint8]:
-    """Frames uint8 `[count, size, size, 3]` where no video is at hand: coarse random scenes of 5 frames each, with noise."""
-    rng = np.random.default_rng(seed)
-    cells = 7
-    places = np.arange(size) * cells // size
-    scenes = rng.integers(20, 236, (-(-count // 5), cells, cells, 3))[:, places][:, :, places]
-    noise = rng.integers(-15, 16, (count, size, size, 3))
-    return (scenes[np.arange(count) // 5] + noise).astype(np.uint8)
-
-
 def verify(
     bundle: Bundle,
     source: Source,
@@ -111,11 +102,13 @@ def verify(
     questions: Sequence[str],
     *,
     clip: str,
+    engines: Engines | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Measure a bundle against its source on frames uint8 `[T, S, S, 3]`, with one standing question per soft prompt series.
 
-    The first question is carried along the clip; all are asked at its end.
+    The first question is carried along the clip; all are asked at its end. `engines` are the bundle's graphs on another
+    backend than the CPU; they are closed when done.
 
     Raises:
         UsageError: no frames, or no question.
@@ -124,7 +117,8 @@ def verify(
         raise UsageError("verifying needs at least one frame and one question.")
     tell = progress or (lambda what, done, total: None)
     report = Report(bundle.manifest.name, source.name, clip)
-    watched = _watch(bundle, frames, questions, tell)
+    with open_engines(bundle) if engines is None else engines as opened:
+        watched = _watch(bundle, opened, frames, questions, tell)
     report.graphs = _compare_graphs(bundle, source, watched, tell)
     said = _compare_streams(report, bundle, source, frames, watched, tell)
     if bundle.has_llm:
@@ -134,30 +128,6 @@ def verify(
 
 
 # -- the deployed side ---------------------------------------------------------------------------------------------------
-
-
-class _Tap:
-    """An engine that keeps the feeds and outputs of its newest run."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.newest: tuple[Arrays, Arrays] | None = None
-
-    @property
-    def inputs(self) -> Mapping[str, TensorSpec]:
-        return self._engine.inputs
-
-    @property
-    def outputs(self) -> Mapping[str, TensorSpec]:
-        return self._engine.outputs
-
-    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
-        results = self._engine.run(feeds)
-        self.newest = {name: feeds[name].copy() for name in self._engine.inputs}, results  # in the graph's order
-        return results
-
-    def close(self) -> None:
-        self._engine.close()
 
 
 @dataclass(frozen=True)
@@ -179,10 +149,10 @@ class _Watched:
     answers: Mapping[str, NDArray[np.float32]]
 
 
-def _watch(bundle: Bundle, frames: NDArray[np.uint8], questions: Sequence[str], tell: Progress) -> _Watched:
+def _watch(bundle: Bundle, engines: Engines, frames: NDArray[np.uint8], questions: Sequence[str], tell: Progress) -> _Watched:
     """Run the bundle over the clip as `ask` does, every question standing; times follow the manifest's frame rate."""
-    taps = {name: _Tap(OnnxRuntimeEngine(bundle.graph_path(name))) for name in bundle.manifest.graphs}
-    qformer = DeployedQFormer(bundle, engines=taps)
+    taps = {name: Tap(engine) for name, engine in engines.items()}
+    qformer = DeployedQFormer(bundle, engines=Engines(taps))
     prompts = {question: qformer.prompt(bundle.manifest.templates.qformer_text(question)) for question in questions}
     standing = {question: qformer.stand(prompt) for question, prompt in prompts.items()}
     first = standing[questions[0]]
@@ -198,7 +168,6 @@ def _watch(bundle: Bundle, frames: NDArray[np.uint8], questions: Sequence[str], 
     answers = {question: carried.answer().rows for question, carried in standing.items()}
     qformer.replay(first.prompt)
     runs = {name: tap.newest for name, tap in taps.items() if tap.newest is not None}
-    qformer.close()
     ids = {question: _text_ids(bundle, question) for question in questions}
     return _Watched(runs, ids, np.stack(soft), [*merges, None], answers)
 

@@ -7,10 +7,22 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from keepsight.runtime.options import (
+    BackendName,
+    BackendOption,
+    BundleOption,
+    GraphsOption,
+    JsonOption,
+    MemoryName,
+    MemoryOption,
+    ModeName,
+    ThreadsOption,
+    VariantOption,
+)
 from keepsight.streams.errors import KeepsightError, UsageError
 
 if TYPE_CHECKING:
@@ -26,15 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ModeName = Literal["standing", "replay"]
-MemoryName = Literal["mbc", "fifo", "average", "last"]
-BundleOption = Annotated[str, typer.Option("--bundle", "-b", help="A bundle's directory, or `tiny` for the shipped one.")]
-VariantOption = Annotated[str | None, typer.Option(help="A precision that the bundle comes in [default: its first].")]
-MemoryOption = Annotated[MemoryName, typer.Option(help="How a full memory makes room.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads of each stage [default: all cores for the LLM].")]
-
 
 @app.command()
 def demo(
@@ -64,6 +67,8 @@ def ask(
     prompt: Annotated[str | None, typer.Option(help="Replaces both templates; goes verbatim to both tokenizers.")] = None,
     variant: VariantOption = None,
     memory: MemoryOption = "mbc",
+    backend: BackendOption = "cpu",
+    cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -72,7 +77,7 @@ def ask(
 
     question = _one_of(question, prompt)
     _refuse_missing(source)
-    with _session(bundle, variant, memory, threads) as session:
+    with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
         put = session.stand(question, prompt=prompt) if mode == "standing" else question
         with session.source(source) as frames:
             watch_until(session, frames, until_s=seconds if frames.is_live else when)
@@ -92,13 +97,15 @@ def run(
     bundle: BundleOption = "tiny",
     variant: VariantOption = None,
     memory: MemoryOption = "mbc",
+    backend: BackendOption = "cpu",
+    cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
 ) -> None:
     """Watch live and answer what you type; Ctrl-C or Ctrl-D leaves."""
     from keepsight.runtime.watch import converse
 
     _refuse_missing(source)
-    with _session(bundle, variant, memory, threads) as session:
+    with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
         converse(session, source)
 
 
@@ -112,6 +119,8 @@ def evaluate(
     variant: VariantOption = None,
     memory: MemoryOption = "mbc",
     mode: Annotated[ModeName, typer.Option(help="How questions are put.")] = "standing",
+    backend: BackendOption = "cpu",
+    cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -122,7 +131,7 @@ def evaluate(
     from keepsight.runtime import evaluate as scoring
     from keepsight.runtime.datasets import open_dataset
 
-    with _session(bundle, variant, memory, threads) as session:
+    with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
         manifest = session.bundle.manifest
         clips = open_dataset(
             dataset, limit=limit, seed=seed, scenes=scenes, fps=manifest.sample_fps, size=manifest.dims.image_size
@@ -144,20 +153,25 @@ def trace(
     question: Annotated[str | None, typer.Option(help="A question, put into the bundle's template.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text that goes verbatim to the Q-Former's tokenizer.")] = None,
     fps: Annotated[float | None, typer.Option(help="Dates the frames of a .npy; samples a video.")] = None,
+    variant: VariantOption = None,
+    backend: BackendOption = "cpu",
+    cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
 ) -> None:
     """Dump what the perception computed frame by frame: the golden file that a board is compared with."""
     from keepsight.runtime import trace as recording
+    from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle
     from keepsight.runtime.qformer import QFormer
     from keepsight.streams import Source
 
     question = _one_of(question, prompt)
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, variant=variant)
     size = opened.manifest.preprocessing
     rate = fps or (1.0 if source.lower().endswith(".npy") else opened.manifest.sample_fps)
-    qformer = QFormer(opened, threads=threads or 1)
-    with Source(source, size=(size.width, size.height), aspect=size.aspect, fps=rate) as frames:
+    engines = open_engines(opened, backend, threads=threads or 1, cuda_graphs=cuda_graphs)
+    qformer = QFormer(opened, engines=engines)
+    with engines, Source(source, size=(size.width, size.height), aspect=size.aspect, fps=rate) as frames:
         arrays = recording.record(qformer, frames, question, prompt=prompt)
     recording.save(out, arrays)
     for name, array in arrays.items():
@@ -212,11 +226,16 @@ def _refuse_missing(source: str) -> None:
     Source(source).close()
 
 
-def _session(bundle: str, variant: str | None, memory: MemoryName, threads: int | None) -> Session:
+def _session(
+    bundle: str, variant: str | None, memory: MemoryName, threads: int | None, backend: BackendName, cuda_graphs: bool
+) -> Session:
+    from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle
     from keepsight.runtime.session import Session
 
-    return Session(Bundle.open(bundle, variant=variant), memory=memory, threads=threads)
+    opened = Bundle.open(bundle, variant=variant)
+    engines = open_engines(opened, backend, threads=threads or 1, cuda_graphs=cuda_graphs)
+    return Session(opened, memory=memory, threads=threads, engines=engines)
 
 
 def _print_json(value: Any) -> None:

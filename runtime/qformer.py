@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from keepsight.runtime.backends import Engines, open_engines
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.engine import Engine, OnnxRuntimeEngine
+from keepsight.runtime.engine import Tensor, check_finite
 from keepsight.runtime.memory import MemoryBank, Policy, Rider
 from keepsight.runtime.positions import position_policy, ranks, step_mask
 from keepsight.streams.errors import BundleError, UsageError
@@ -57,21 +58,19 @@ class QFormer:
         bundle: an opened bundle.
         memory: how both banks make room; `mbc` is MA-LMM's and what the weights were trained with.
         threads: CPU threads of each graph.
-        engines: the graphs, already loaded, by name; by default ONNX Runtime on the CPU loads them.
+        engines: the graphs, already loaded; by default ONNX Runtime on the CPU loads them. Closed with this.
 
     Raises:
         EngineError: a graph can't be loaded, or not on the provider asked for.
     """
 
     def __init__(
-        self, bundle: Bundle, *, memory: Policy = "mbc", threads: int = 1, engines: Mapping[str, Engine] | None = None
+        self, bundle: Bundle, *, memory: Policy = "mbc", threads: int = 1, engines: Engines | None = None
     ) -> None:
         self.bundle, self.policy = bundle, memory
         dims = bundle.manifest.dims
         self.dims = dims
-        self._engines: Mapping[str, Engine] = engines or {
-            name: OnnxRuntimeEngine(bundle.graph_path(name), threads=threads) for name in bundle.manifest.graphs
-        }
+        self._engines = open_engines(bundle, threads=threads) if engines is None else engines
         crosses = len(dims.cross_layers)
         self.bank = MemoryBank(
             length=dims.memory_length,
@@ -81,16 +80,25 @@ class QFormer:
             policy=memory,
         )
         self._positions = position_policy(bundle.manifest)
-        self._visual: dict[str, NDArray[np.generic]] = {}
+        self._visual: dict[str, Tensor] = {}
 
-    def encode(self, images: NDArray[np.uint8]) -> Float32:
-        """Features float32 `[B, N, C]` of frames uint8 `[B, H, W, 3]`, after ln_vision."""
-        return self._engines["vision"].run({"frames": images})["features"]
+    def encode(self, images: NDArray[np.uint8]) -> Tensor:
+        """Features float32 `[B, N, C]` of frames uint8 `[B, H, W, 3]`, after ln_vision.
 
-    def remember(self, features: Float32, time_s: float) -> None:
-        """Put one frame's features `[N, C]` into the visual bank."""
+        Where the encoder runs on a device they stay there until the next frame; np.asarray copies them.
+        """
+        return self._engines["vision"].enqueue({"frames": images})["features"]
+
+    def remember(self, features: Tensor, time_s: float) -> None:
+        """Put one frame's features `[N, C]` into the visual bank.
+
+        Raises:
+            EngineError: features that are not finite, or that a later frame has overwritten.
+        """
         riders = self._engines["visual_kv"].run({"features": features})
-        self.bank.append(features, time_s=time_s, riders=riders)
+        banked = np.asarray(features)
+        check_finite("vision", {"features": banked})
+        self.bank.append(banked, time_s=time_s, riders=riders)
         self._visual = {}
 
     def prompt(self, text: str) -> Prompt:
@@ -128,15 +136,16 @@ class QFormer:
         )  # fmt: skip
         return SoftPrompt(outputs["query_output"], outputs["soft_prompt"])
 
-    def visual_inputs(self) -> dict[str, NDArray[np.generic]]:
+    def visual_inputs(self) -> dict[str, Tensor]:
         """What `step` reads of the visual bank, the newest frame included: made once a frame for all standing questions.
 
-        Keys and values are arrays of the bank itself, not copies.
+        Keys and values are arrays of the bank itself, not copies; a device gets its copy once a frame.
         """
         self._check_not_empty()
         if not self._visual:
+            step = self._engines["step"]
             self._visual = {
-                "cross_k": self.bank.riders["cross_k"], "cross_v": self.bank.riders["cross_v"],
+                **{name: step.place(name, self.bank.riders[name]) for name in ("cross_k", "cross_v")},
                 "visual_mask": self.bank.visible[0].astype(np.float32), "bucket": self._positions.step(self.bank),
             }  # fmt: skip
         return self._visual
@@ -145,7 +154,7 @@ class QFormer:
         """Position buckets `[S, N]` of a pass that makes an answer, if they are not those of `visual_inputs`."""
         return self._positions.answer(self.bank)
 
-    def run(self, graph: str, feeds: Mapping[str, NDArray[np.generic]]) -> dict[str, Float32]:
+    def run(self, graph: str, feeds: Mapping[str, Tensor]) -> dict[str, Float32]:
         """Run one graph of the bundle."""
         if graph not in self._engines:
             raise BundleError(f"{self.bundle.path} has no graph {graph!r}; it has {', '.join(self._engines)}.")
@@ -153,8 +162,7 @@ class QFormer:
 
     def close(self) -> None:
         """Give the engines back."""
-        for engine in self._engines.values():
-            engine.close()
+        self._engines.close()
 
     def _check_not_empty(self) -> None:
         if not self.bank.used:
@@ -181,7 +189,7 @@ class StandingQuestion:
             current_outside=True,
         )
         self._newest: dict[str, Float32] | None = None
-        self._visual: dict[str, NDArray[np.generic]] = {}
+        self._visual: dict[str, Tensor] = {}
 
     def step(self, time_s: float) -> None:
         """Read the frame that was just remembered, then bank the rows that read it."""
@@ -204,7 +212,7 @@ class StandingQuestion:
         last = -1
         past = self.bank.past * self.prompt.row_mask
         newest, visual = self._marked(past) or (self._newest, self._visual)
-        feeds: dict[str, NDArray[np.generic]] = {
+        feeds: dict[str, Tensor] = {
             "rows_last": newest["rows"][last], "k_last": newest["row_k"][last], "v_last": newest["row_v"][last],
             "bank_k": self.bank.riders["self_k"][last], "bank_v": self.bank.riders["self_v"][last],
             "bank_mask": past[last], "text_mask": self.prompt.text_mask,
@@ -218,7 +226,7 @@ class StandingQuestion:
         outputs = self._qformer.run("answer", feeds)
         return SoftPrompt(outputs["query_output"], outputs["soft_prompt"])
 
-    def _read(self, visual: Mapping[str, NDArray[np.generic]], self_mask: Float32) -> dict[str, Float32]:
+    def _read(self, visual: Mapping[str, Tensor], self_mask: Float32) -> dict[str, Float32]:
         """The layers before the last, for the newest frame: rows, keys and values `[Y, R, H]`."""
         return self._qformer.run(
             "step",
@@ -228,7 +236,7 @@ class StandingQuestion:
             },
         )  # fmt: skip
 
-    def _marked(self, past: Float32) -> tuple[dict[str, Float32], dict[str, NDArray[np.generic]]] | None:
+    def _marked(self, past: Float32) -> tuple[dict[str, Float32], dict[str, Tensor]] | None:
         """The newest frame read again with the marker that only an answer sees; its rows are not banked. None: no marker."""
         places = self._qformer.answer_places()
         if places is None:

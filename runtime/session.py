@@ -11,6 +11,7 @@ from time import perf_counter
 from types import TracebackType
 
 from keepsight.runtime.answer import Answer, AnswerStream, LatencyTrace, Mode
+from keepsight.runtime.backends import Engines
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.llm import LLM, Segment, render, verbatim
 from keepsight.runtime.llm import Answer as Written
@@ -49,17 +50,24 @@ class Session:
         memory: how the banks make room (`mbc`, or `fifo`, `average`, `last` to compare with).
         threads: CPU threads of each stage; by default one for the graphs and all cores for the LLM.
         llm: a language model that is already loaded, to share one between sessions; by default the bundle's is loaded.
+        engines: the bundle's graphs, loaded on another backend than the CPU (`open_engines`); closed with the session.
 
     Raises:
         EngineError, LLMError, MissingModelError: a part of the bundle can't be loaded.
     """
 
     def __init__(
-        self, bundle: Bundle, *, memory: Policy = "mbc", threads: int | None = None, llm: LLM | None = None
+        self,
+        bundle: Bundle,
+        *,
+        memory: Policy = "mbc",
+        threads: int | None = None,
+        llm: LLM | None = None,
+        engines: Engines | None = None,
     ) -> None:
         self.bundle = bundle
         self._close = ExitStack()
-        self._qformer = QFormer(bundle, memory=memory, threads=threads or 1)
+        self._qformer = QFormer(bundle, memory=memory, threads=threads or 1, engines=engines)
         self._close.callback(self._qformer.close)
         self._llm = llm
         if llm is None and bundle.has_llm:

@@ -88,7 +88,7 @@ def save(path: str | Path, arrays: dict[str, NDArray[Any]]) -> None:
 
 
 def _row(qformer: QFormer, standing: StandingQuestion, frame: Frame) -> dict[str, NDArray[Any]]:
-    features = qformer.encode(frame.image[None])[0]
+    features = np.asarray(qformer.encode(frame.image[None])[0])
     qformer.remember(features, frame.time_s)
     standing.step(frame.time_s)
     soft = standing.answer()

@@ -1,4 +1,4 @@
-"""A bundle on this machine against a golden trace from another: a board against a PC, one engine against another.
+"""A bundle on this machine against a golden trace: a board against a PC, TensorRT against ONNX Runtime.
 
 Two runs over the trace's own features: with its merges forced on both banks, where every soft prompt must agree, and left
 alone, which shows how far decisions drift. The vision graph is compared where the trace's source is at hand.
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from keepsight.runtime.backends import Engines
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.parity import GRAPH_LIMITS, PROMPT_LIMITS, Drift, GraphParity, Report, difference, marks
 from keepsight.runtime.qformer import QFormer, StandingQuestion
@@ -48,6 +49,7 @@ def check_trace(
     frames: Iterable[Frame] | None = None,
     *,
     against: str,
+    engines: Engines | None = None,
 ) -> Report:
     """Compare a bundle with a trace.
 
@@ -55,6 +57,7 @@ def check_trace(
         trace: from :func:`read_trace`.
         frames: those that the trace was made of, for the vision graph.
         against: the trace's name, for the report.
+        engines: the bundle's graphs on another backend than the CPU; closed when done.
 
     Raises:
         UsageError: the trace is of a bundle of other dimensions, or has another number of frames.
@@ -68,7 +71,7 @@ def check_trace(
         )
     limit = PROMPT_LIMITS[bundle.variant]
     report = Report(bundle.manifest.name, against, f"{count} frames of the trace")
-    qformer = QFormer(bundle)
+    qformer = QFormer(bundle, engines=engines)
     if frames is not None:
         report.graphs["vision"] = _vision(qformer, trace, frames, GRAPH_LIMITS[bundle.variant])
     forced, _ = _run(qformer, trace, forced=True)
@@ -87,7 +90,7 @@ def check_trace(
 
 
 def _vision(qformer: QFormer, trace: Arrays, frames: Iterable[Frame], limit: float) -> GraphParity:
-    features = np.stack([qformer.encode(frame.image[None])[0] for frame in frames])
+    features = np.stack([np.asarray(qformer.encode(frame.image[None])[0]) for frame in frames])
     if len(features) != len(trace["features"]):
         raise UsageError(f"the source has {len(features)} frames, the trace {len(trace['features'])}.", fix="Give its source.")
     return GraphParity({"features": difference(features, trace["features"], limit)})

@@ -16,8 +16,9 @@ from keepsight.export.checkpoints import load_huggingface
 from keepsight.export.convert import Conversion, convert
 from keepsight.export.half import HEAVY
 from keepsight.export.onnxfile import export_onnx
-from keepsight.export.verify import source_of, synthetic_clip, verify
+from keepsight.export.verify import source_of, verify
 from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.clips import synthetic_clip
 
 from . import hf_models
 

@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 from keepsight.export.checkpoints import load_huggingface
 from keepsight.export.convert import Conversion, convert
 from keepsight.export.plainloop import PlainLoop
-from keepsight.export.verify import source_of, synthetic_clip, verify
+from keepsight.export.verify import source_of, verify
 from keepsight.export.weights import load_qformer
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
+from keepsight.runtime.clips import synthetic_clip
 from keepsight.runtime.parity import difference
 from keepsight.runtime.qformer import QFormer
 from keepsight.streams.errors import CheckpointError, ParityError, UsageError

@@ -1,0 +1,106 @@
+"""A bundle's graphs, loaded on a backend: ONNX Runtime on the CPU or on CUDA, or TensorRT on this machine's GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Literal
+
+from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.cuda import CudaStream
+from keepsight.runtime.engine import Engine, OnnxRuntimeEngine
+from keepsight.runtime.engine_store import find_engine
+from keepsight.runtime.tensorrt_build import this_target
+from keepsight.runtime.tensorrt_engine import TensorRTEngine, load_plan
+from keepsight.runtime.tensorrt_module import import_tensorrt
+
+__all__ = ["Backend", "Engines", "open_engines"]
+
+Backend = Literal["cpu", "cuda", "tensorrt"]
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class Engines(Mapping[str, Engine]):
+    """Graphs by name, and what they share.
+
+    Args:
+        graphs: the engines; closed with this.
+        shared: what to close after them.
+    """
+
+    def __init__(self, graphs: Mapping[str, Engine], shared: ExitStack | None = None) -> None:
+        self._graphs, self._shared = graphs, shared
+
+    def __getitem__(self, name: str) -> Engine:
+        return self._graphs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._graphs)
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back; closing twice is no error."""
+        for engine in self._graphs.values():
+            engine.close()
+        if self._shared is not None:
+            self._shared.close()
+
+
+def open_engines(bundle: Bundle, backend: Backend = "cpu", *, threads: int = 1, cuda_graphs: bool = True) -> Engines:
+    """Load every graph of a bundle, in the variant that it was opened in.
+
+    Args:
+        backend: nothing else is tried where this one can't be had.
+        threads: CPU threads of each graph; for `cpu` alone.
+        cuda_graphs: launch each graph's kernels as one CUDA graph; for `tensorrt` alone.
+
+    Raises:
+        EngineError: a graph can't be loaded, or not on that backend; for `tensorrt`, an engine that `keepsight build` has not
+            built on this machine.
+        MissingComponentError: the backend is not installed.
+    """
+    if backend == "tensorrt":
+        return _on_tensorrt(bundle, cuda_graphs)
+    provider = _PROVIDERS[backend]
+    return Engines(
+        {
+            name: OnnxRuntimeEngine(bundle.graph_path(name), providers=(provider,), threads=threads)
+            for name in bundle.manifest.graphs
+        }
+    )
+
+
+def _on_tensorrt(bundle: Bundle, cuda_graphs: bool) -> Engines:
+    """All on one stream, one after another, so that they share scratch memory as large as the largest needs."""
+    trt = import_tensorrt()
+    target = this_target(trt)
+    files = {name: find_engine(bundle, name, target, bundle.variant)[0] for name in bundle.manifest.graphs}
+    with ExitStack() as stack:
+        stream = CudaStream()
+        stack.callback(stream.close)
+        with stream:
+            plans = {name: load_plan(file, trt) for name, file in files.items()}
+            scratch = stream.allocate(max(plan.scratch_bytes for plan in plans.values()))
+        stack.callback(_free, stream, scratch)
+        engines = {
+            name: stack.enter_context(TensorRTEngine(plan, stream, scratch=scratch, cuda_graphs=cuda_graphs))
+            for name, plan in plans.items()
+        }
+        return Engines(engines, stack.pop_all())
+
+
+def _free(stream: CudaStream, address: int) -> None:
+    with stream:
+        stream.free(address)

@@ -1,0 +1,54 @@
+"""A bundle's engines against its own ONNX files on the CPU, on the machine that runs them: graph by graph, then over a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from keepsight.runtime.backends import Engines, open_engines
+from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.parity import GRAPH_LIMITS, GraphParity, Report, difference
+from keepsight.runtime.qformer import QFormer
+from keepsight.runtime.tap import Arrays, Tap
+from keepsight.runtime.trace import record
+from keepsight.runtime.trace_check import check_trace
+from keepsight.streams import Frame
+
+__all__ = ["check_engines"]
+
+
+def check_engines(
+    bundle: Bundle, engines: Engines, frames: Sequence[Frame], question: str, *, clip: str, backend: str
+) -> Report:
+    """Compare the bundle on another backend with the same graphs on ONNX Runtime's CPU provider.
+
+    Args:
+        engines: the bundle's graphs on that backend; closed when done.
+        frames: of the size that the vision graph takes.
+        question: standing, over the frames.
+        clip, backend: their names, for the report.
+
+    Raises:
+        NoFrameError: no frames.
+        EngineError: a graph that fails on either side.
+    """
+    taps = {name: Tap(engine) for name, engine in open_engines(bundle).items()}
+    reference = QFormer(bundle, engines=Engines(taps))
+    trace = record(reference, frames, question)
+    reference.replay(reference.prompt(str(trace["text"])))
+    graphs = {name: _compare(bundle, engines, name, tap) for name, tap in taps.items()}
+    reference.close()
+    report = check_trace(bundle, trace, against=f"ONNX Runtime, {bundle.variant}", engines=engines)
+    report.bundle, report.clip, report.graphs = f"{report.bundle} on {backend}", clip, graphs
+    return report
+
+
+def _compare(bundle: Bundle, engines: Engines, name: str, tap: Tap) -> GraphParity:
+    feeds, wanted = _newest(tap)
+    outputs = engines[name].run(feeds)
+    limit = GRAPH_LIMITS[bundle.variant]
+    return GraphParity({output: difference(value, wanted[output], limit) for output, value in outputs.items()})
+
+
+def _newest(tap: Tap) -> tuple[Arrays, Arrays]:
+    assert tap.newest is not None  # every graph runs once in a trace and a replay
+    return tap.newest
