@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from keepsight.export.llama_gguf import LanguageSource, LlamaConfig, open_llama, write_gguf
 from keepsight.export.llama_reference import check_gguf, logits
-from keepsight.runtime.llm import LLM, Text, Tokens
+from keepsight.runtime.llm import LLM, Text
 from keepsight.streams.errors import CheckpointError
 
-IDS = [5, 99, 300, 7, 7, 41, 260, 12]
+from .peak_memory import peak_mb
+from .random_llama import IDS, cosine, deployed_logits, save_llama
+
 TEXTS = ["what shape was first?", "The circle, then a triangle", "naïve café \u2603 \U0001f600", "tabs\tand  spaces", "12345"]
-
-
-def save_llama(folder: Path, vocabulary: Path, **changes: Any) -> Any:
-    """A random LLaMA in `folder`; grouped keys, an enlarged vocabulary."""
-    from transformers import LlamaConfig as TheirConfig
-    from transformers import LlamaForCausalLM
-
-    sizes = {
-        "vocab_size": 701, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 8,
-        "num_key_value_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.1,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(TheirConfig(**(sizes | changes))).eval()
-    model.save_pretrained(folder)
-    (folder / "tokenizer.model").write_bytes(vocabulary.read_bytes())
-    return model
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float((a * b).sum() / (np.linalg.norm(a) * np.linalg.norm(b)))
-
-
-def deployed_logits(gguf: Path) -> np.ndarray:
-    with LLM(gguf, n_ctx=64, n_threads=1) as model:
-        return model.logits([Tokens(IDS)], all_positions=True)
 
 
 @pytest.mark.parametrize(
@@ -147,18 +120,11 @@ def test_tensors_that_do_not_fit_are_named(vocabulary: Path, tmp_path: Path) -> 
 def test_memory_stays_that_of_the_largest_tensors(vocabulary: Path, tmp_path: Path) -> None:
     """A file of 160 MB is written with far less than that: what peaks is torch itself and single tensors."""
     save_llama(tmp_path, vocabulary, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_key_value_heads=8)
-    code = (
-        "import sys, resource\nfrom pathlib import Path\n"
-        "from keepsight.export.llama_gguf import open_llama, write_gguf\n"
-        "import torch, gguf, sentencepiece, safetensors\n"
-        "source = open_llama(Path(sys.argv[1]))\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "write_gguf(source, Path(sys.argv[1]) / 'llm.gguf', name='big')\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, env={**os.environ}
+    raised = peak_mb(
+        "from keepsight.export.llama_gguf import open_llama, write_gguf\nsource = open_llama(Path(sys.argv[1]))",
+        "write_gguf(source, Path(sys.argv[1]) / 'llm.gguf', name='big')",
+        tmp_path,
     )
     size = (tmp_path / "llm.gguf").stat().st_size >> 20
-    print(f"{size} MB written with {run.stdout.strip()} MB more than before")
-    assert size > 120 and int(run.stdout) < size / 2
+    print(f"{size} MB written with {raised} MB more than before")
+    assert size > 120 and raised < size / 2
