@@ -49,6 +49,13 @@ def export(
     llm_type: Annotated[
         str, typer.Option(help="Of a converted LLaMA: F16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, Q3_K_M, Q2_K.")
     ] = "F16",
+    lora: Annotated[
+        Path | None,
+        typer.Option(help="A PEFT folder, or a checkpoint with LoRA pairs inside (TimeChat's), to merge into the LLaMA."),
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Of every pair [default: what the PEFT folder says; a checkpoint needs it].")
+    ] = None,
     fine_tuned: Annotated[Path | None, typer.Option(help="MA-LMM's checkpoint_best.pth, over the checkpoint.")] = None,
     vision: Annotated[Path | None, typer.Option(help="eva_vit_g.pth, for LAVIS's files.")] = None,
     tokenizer: Annotated[
@@ -67,8 +74,9 @@ def export(
 
     model = _open(checkpoint, vision, fine_tuned)
     options = Conversion(
-        memory_length=memory_length, sample_fps=sample_fps, prompt=prompt, llm=language_source(model, llm), llm_type=llm_type,
-        precision=precision, tokenizer=tokenizer,
+        memory_length=memory_length, sample_fps=sample_fps, prompt=prompt,
+        llm=language_source(model, llm, lora=lora, lora_alpha=lora_alpha), llm_type=llm_type, precision=precision,
+        tokenizer=tokenizer,
     )  # fmt: skip
     with _shown() as progress:
         manifest = convert(model, out, options, progress=progress)

@@ -15,7 +15,7 @@ from torch import Tensor
 from keepsight.export.checkpoints import Checkpoint
 from keepsight.export.eva import EvaVision
 from keepsight.export.graphs import export_qformer
-from keepsight.export.llama_gguf import LanguageSource, LlamaConfig, open_llama, write_gguf
+from keepsight.export.llama_gguf import LanguageSource, LlamaConfig, open_llama, with_lora, write_gguf
 from keepsight.export.llama_reference import check_gguf
 from keepsight.export.qformer import QFormer
 from keepsight.export.streamed import export_streamed
@@ -94,14 +94,35 @@ def convert(checkpoint: Checkpoint, out: Path, options: Conversion, *, progress:
     return manifest
 
 
-def language_source(checkpoint: Checkpoint, llm: str | None) -> Path | LanguageSource | None:
+def language_source(
+    checkpoint: Checkpoint, llm: str | None, *, lora: Path | None = None, lora_alpha: float | None = None
+) -> Path | LanguageSource | None:
     """What `--llm` names: `none`, a GGUF file, a LLaMA's folder; by default the language model inside the checkpoint.
 
     InstructBLIP's tokenizer begins a text with `</s>` (id 2), whatever the language model's own does.
 
+    Args:
+        lora, lora_alpha: an adapter to merge into a LLaMA, and an alpha in place of what it says (`export/lora.py`).
+
     Raises:
-        CheckpointError: the checkpoint has none inside, or one that is no LLaMA.
+        CheckpointError: the checkpoint has none inside, one that is no LLaMA, or an adapter that does not fit it.
+        UsageError: an adapter over something that is not converted, or an alpha without an adapter.
     """
+    source = _without_lora(checkpoint, llm)
+    if lora is None:
+        if lora_alpha is not None:
+            raise UsageError("--lora-alpha is of an adapter, and none is named.", fix="Name it: --lora ADAPTER.")
+        return source
+    if not isinstance(source, LanguageSource):
+        what = "with --llm none there is none" if source is None else f"{source} is a GGUF file"
+        raise UsageError(
+            f"{lora.name} can only be merged into a LLaMA that is converted; {what}.",
+            fix="Give the folder of the one that it was trained on: --llm FOLDER.",
+        )
+    return with_lora(source, lora, alpha=lora_alpha)
+
+
+def _without_lora(checkpoint: Checkpoint, llm: str | None) -> Path | LanguageSource | None:
     bos = 2 if checkpoint.qformer.vocab else None
     if llm == "none":
         return None
@@ -199,7 +220,7 @@ def _write(
         variants=(options.precision,),
         llm=_language_model(options, checkpoint.name, folder, progress),
         tokenizer="tokenizer.json" if config.vocab else None,
-        provenance=_provenance(checkpoint),
+        provenance=_provenance(checkpoint, options.llm),
     )  # fmt: skip
     return write_manifest(folder, manifest)
 
@@ -272,13 +293,18 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _provenance(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The files that the weights are from, by name and size; a path would tell of the machine, not of the model."""
+def _provenance(checkpoint: Checkpoint, llm: Path | LanguageSource | None) -> dict[str, Any]:
+    """The files that the weights are from, by name and size, and the adapter that was merged into the language model.
+
+    A path would tell of the machine, not of the model.
+    """
+    adapter = llm.lora if isinstance(llm, LanguageSource) else None
     files = [file for source in checkpoint.sources for file in (sorted(source.iterdir()) if source.is_dir() else [source])]
     return {
         "checkpoint": checkpoint.name,
         "files": {file.name: file.stat().st_size for file in files if file.is_file()},
         "ln_vision_eps": checkpoint.vision.norm_eps,
+        **({} if adapter is None else {"lora": adapter.provenance()}),
     }
 
 

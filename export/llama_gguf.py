@@ -1,5 +1,7 @@
 """A LLaMA-family language model to GGUF, tensor by tensor: from its own folder, or from inside an InstructBLIP or LAVIS file.
 
+An adapter over it (`export/lora.py`) is merged on the way, into each tensor as it is written.
+
 Names and layout are llama.cpp's, written with the `gguf` package. Two things differ from the weights in PyTorch: llama.cpp
 rotates neighbouring pairs of a head where Hugging Face rotates its two halves, so q and k rows are reordered; and a vocabulary
 that was enlarged (InstructBLIP's 32,001 rows) is padded with tokens that are never written. Neither raises an error when it is
@@ -11,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from keepsight.export.lora import Adapter, merged, open_lora
 from keepsight.export.tensorfiles import StoredTensor, open_tensors
 from keepsight.streams.errors import CheckpointError
 
-__all__ = ["FloatType", "LanguageSource", "LlamaConfig", "open_llama", "write_gguf"]
+__all__ = ["FloatType", "LanguageSource", "LlamaConfig", "open_llama", "with_lora", "write_gguf"]
 
 FloatType = Literal["F16", "F32"]
 Progress = Callable[[int, int], None]
@@ -85,12 +88,14 @@ class LanguageSource:
         tensors: by Hugging Face's names (`model.layers.0.self_attn.q_proj.weight`, `lm_head.weight`).
         tokenizer: SentencePiece's `tokenizer.model`, or the folder that holds it.
         bos: the token that begins a text; InstructBLIP's is 2, `</s>`. None: what SentencePiece says.
+        lora: an adapter that is merged while the file is written; `tensors` are without it.
     """
 
     config: LlamaConfig
     tensors: Mapping[str, StoredTensor]
     tokenizer: Path
     bos: int | None = None
+    lora: Adapter | None = None
 
 
 def open_llama(folder: Path, *, bos: int | None = None) -> LanguageSource:
@@ -104,6 +109,21 @@ def open_llama(folder: Path, *, bos: int | None = None) -> LanguageSource:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} has no readable config.json ({error}).", fix="Name a LLaMA's folder.") from error
     return LanguageSource(LlamaConfig.read(content), open_tensors(folder), folder, bos)
+
+
+def with_lora(source: LanguageSource, adapter: Path, *, alpha: float | None = None) -> LanguageSource:
+    """A LLaMA with an adapter over it (`export/lora.py`: `open_lora`, which says what it takes and refuses).
+
+    Args:
+        alpha: in place of what the adapter says.
+
+    Raises:
+        CheckpointError: it is no adapter of this LLaMA, or one that can't be merged.
+        UsageError: an alpha that is no positive number.
+    """
+    matrices = {theirs.removesuffix(".weight"): shape for theirs, _, shape in _expected(source.config) if len(shape) == 2}
+    del matrices["model.embed_tokens"]  # looked up, not multiplied
+    return replace(source, lora=open_lora(adapter, matrices, alpha=alpha))
 
 
 def write_gguf(
@@ -122,7 +142,7 @@ def write_gguf(
     import gguf
 
     config = source.config
-    named = _named(config, source.tensors)
+    named = _named(config, source.tensors if source.lora is None else merged(source.tensors, source.lora))
     vocabulary = _Vocabulary(source.tokenizer, config.vocab)
     partial = out.with_name(f"{out.name}.part")
     writer: Any = gguf.GGUFWriter(str(partial), "llama")

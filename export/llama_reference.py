@@ -2,7 +2,8 @@
 
 Every layer's weights are read, used and forgotten, so a 7B model needs the memory of one layer and of the embedding table
 (under 1.5 GB in float32). Written from the architecture: RMS norm, rotary positions over the two halves of each head,
-grouped keys and values, SiLU-gated feed-forward.
+grouped keys and values, SiLU-gated feed-forward. An adapter stays beside the weights, x W' + scale * (x A') B', so that
+nothing here depends on how it was merged into the file.
 """
 
 from __future__ import annotations
@@ -41,24 +42,31 @@ def logits(source: LanguageSource, tokens: Sequence[int]) -> Tensor:
     def read(name: str) -> Tensor:
         return source.tensors[f"{name}.weight"].read().to(torch.float32)
 
+    def linear(x: Tensor, name: str) -> Tensor:
+        straight = F.linear(x, read(name))
+        pair = None if source.lora is None else source.lora.pairs.get(f"{name}.weight")
+        if pair is None:
+            return straight
+        down, up = (half.read().to(torch.float32) for half in (pair.down, pair.up))
+        return straight + pair.scale * F.linear(F.linear(x, down), up)
+
     x = read("model.embed_tokens")[list(tokens)]
     cos, sin = _rotary(config, len(tokens))
     for index in range(config.layers):
         layer = f"model.layers.{index}"
         inner = _norm(x, read(f"{layer}.input_layernorm"), config.norm_eps)
         q, k, v = (
-            F.linear(inner, read(f"{layer}.self_attn.{part}_proj")).unflatten(-1, (-1, config.head_dim)).transpose(0, 1)
+            linear(inner, f"{layer}.self_attn.{part}_proj").unflatten(-1, (-1, config.head_dim)).transpose(0, 1)
             for part in "qkv"
         )
         repeat = config.heads // config.kv_heads
         k, v = (_rotated(k, cos, sin).repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0))
         context = F.scaled_dot_product_attention(_rotated(q, cos, sin), k, v, is_causal=True)
-        x = x + F.linear(context.transpose(0, 1).flatten(1), read(f"{layer}.self_attn.o_proj"))
+        x = x + linear(context.transpose(0, 1).flatten(1), f"{layer}.self_attn.o_proj")
         inner = _norm(x, read(f"{layer}.post_attention_layernorm"), config.norm_eps)
-        gate, up = F.linear(inner, read(f"{layer}.mlp.gate_proj")), F.linear(inner, read(f"{layer}.mlp.up_proj"))
-        x = x + F.linear(F.silu(gate) * up, read(f"{layer}.mlp.down_proj"))
-    head = read("model.embed_tokens" if config.tied else "lm_head")
-    return F.linear(_norm(x, read("model.norm"), config.norm_eps), head)
+        gate, up = linear(inner, f"{layer}.mlp.gate_proj"), linear(inner, f"{layer}.mlp.up_proj")
+        x = x + linear(F.silu(gate) * up, f"{layer}.mlp.down_proj")
+    return linear(_norm(x, read("model.norm"), config.norm_eps), "model.embed_tokens" if config.tied else "lm_head")
 
 
 def check_gguf(gguf: Path, source: LanguageSource, *, tokens: int = 24, seed: int = 0) -> Agreement:
