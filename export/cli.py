@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from keepsight.export.checkpoints import Checkpoint
+    from keepsight.export.convert import Conversion
     from keepsight.runtime.backends import Engines
     from keepsight.runtime.bundle import Bundle
     from keepsight.runtime.parity import Report
@@ -67,6 +68,10 @@ def export(
     prompt: Annotated[
         str, typer.Option(help="How a question is put; MA-LMM's QA checkpoints: 'Question: {question} Short answer:'.")
     ] = "{question}",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write nothing; say what would be written, its size, and on which boards it fits.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --dry-run: print it as JSON.")] = False,
 ) -> None:
     """Turn an InstructBLIP, BLIP-2 or MA-LMM checkpoint into a bundle of ONNX graphs."""
     _need("torch", "onnx", "transformers", "safetensors", "sentencepiece")
@@ -78,9 +83,27 @@ def export(
         llm=language_source(model, llm, lora=lora, lora_alpha=lora_alpha), llm_type=llm_type, precision=precision,
         tokenizer=tokenizer,
     )  # fmt: skip
+    if dry_run:
+        _preview(model, out, options, json=json)
+        return
+    if json:
+        raise UsageError("--json is for --dry-run.", fix="Look at a finished bundle with: keepsight inspect BUNDLE --json.")
     with _shown() as progress:
         manifest = convert(model, out, options, progress=progress)
     typer.echo(f"{out}: {manifest.name}, {len(manifest.files)} files, positions {manifest.positions.policy!r}")
+
+
+def _preview(model: Checkpoint, out: Path, options: Conversion, *, json: bool) -> None:
+    from json import dumps
+
+    from keepsight.export.preview import preview
+    from keepsight.export.preview_report import describe_preview, print_preview
+
+    found = preview(model, out, options)
+    if json:
+        typer.echo(dumps(describe_preview(found), indent=2, ensure_ascii=False))
+    else:
+        print_preview(found)
 
 
 def quantize(

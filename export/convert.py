@@ -14,10 +14,10 @@ from torch import Tensor
 
 from keepsight.export.checkpoints import Checkpoint
 from keepsight.export.eva import EvaVision
-from keepsight.export.graphs import export_qformer
+from keepsight.export.graphs import GRAPHS, export_qformer
 from keepsight.export.llama_gguf import LanguageSource, LlamaConfig, open_llama, with_lora, write_gguf
 from keepsight.export.llama_reference import check_gguf
-from keepsight.export.qformer import QFormer
+from keepsight.export.qformer import QFormer, QFormerConfig
 from keepsight.export.streamed import export_streamed
 from keepsight.export.weights import store_weights
 from keepsight.export.wordpiece import write_text_tokenizer
@@ -39,9 +39,22 @@ from keepsight.runtime.manifest import (
 )
 from keepsight.streams.errors import CheckpointError, UsageError
 
-__all__ = ["Conversion", "Precision", "convert", "language_source", "positioned"]
+__all__ = [
+    "LLM_FILE",
+    "TOKENIZER_FILE",
+    "Conversion",
+    "Precision",
+    "check_options",
+    "convert",
+    "language_source",
+    "manifest_of",
+    "position_policy",
+    "positioned",
+    "with_marker",
+]
 
 LLM_FILE = "llm.gguf"
+TOKENIZER_FILE = "tokenizer.json"
 _BUCKETS = (16, 32, 64, 128)
 
 Precision = Literal["fp32", "fp16"]
@@ -79,7 +92,7 @@ def convert(checkpoint: Checkpoint, out: Path, options: Conversion, *, progress:
         UsageError: `out` is there and is no bundle, or an option makes no sense.
         CheckpointError: no text tokenizer, or a kind of position table that is not known.
     """
-    _check(checkpoint, out, options)
+    check_options(checkpoint, out, options)
     qformer, positions = positioned(checkpoint)
     partial = out.with_name(f"{out.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
@@ -136,6 +149,23 @@ def _without_lora(checkpoint: Checkpoint, llm: str | None) -> Path | LanguageSou
     return LanguageSource(LlamaConfig.read(checkpoint.llm_config), checkpoint.llm_tensors, checkpoint.llm_tokenizer, bos)
 
 
+def position_policy(checkpoint: Checkpoint) -> NoPositionsInfo | CurrentInfo:
+    """What `image_pe` means at run time: nothing, or a marker on the newest frame.
+
+    Raises:
+        CheckpointError: several of its rows are not zero.
+    """
+    if checkpoint.image_pe is None:
+        return NoPositionsInfo()
+    frames = [int(row) for row in checkpoint.image_pe.any(dim=1).nonzero()[:, 0]]
+    if len(frames) > 1:
+        raise CheckpointError(
+            f"image_pe of {checkpoint.name} has {len(frames)} rows that are not zero; MA-LMM's training fills one, the last.",
+            fix="A table of positions added before storing is not supported yet.",
+        )
+    return CurrentInfo(frame=frames[0])
+
+
 def positioned(checkpoint: Checkpoint) -> tuple[QFormer, NoPositionsInfo | CurrentInfo]:
     """The Q-Former, with what `image_pe` means to its cross-attention as position tables, and the policy that reads them.
 
@@ -145,19 +175,19 @@ def positioned(checkpoint: Checkpoint) -> tuple[QFormer, NoPositionsInfo | Curre
     Raises:
         CheckpointError: several rows of `image_pe` are not zero.
     """
+    policy = position_policy(checkpoint)
     qformer = checkpoint.load_qformer()
-    if checkpoint.image_pe is None:
-        return qformer, NoPositionsInfo()
-    frames = [int(row) for row in checkpoint.image_pe.any(dim=1).nonzero()[:, 0]]
-    if len(frames) > 1:
-        raise CheckpointError(
-            f"image_pe of {checkpoint.name} has {len(frames)} rows that are not zero; MA-LMM's training fills one, the last.",
-            fix="A table of positions added before storing is not supported yet.",
-        )
-    marked = QFormer(replace(qformer.config, slots=1, time_buckets=1))
-    state = qformer.state_dict() | _marker_rows(qformer, checkpoint.image_pe[frames[0]])
+    if checkpoint.image_pe is None or isinstance(policy, NoPositionsInfo):
+        return qformer, policy
+    marked = QFormer(with_marker(qformer.config))
+    state = qformer.state_dict() | _marker_rows(qformer, checkpoint.image_pe[policy.frame])
     marked.load_state_dict(state)
-    return marked.eval(), CurrentInfo(frame=frames[0])
+    return marked.eval(), policy
+
+
+def with_marker(config: QFormerConfig) -> QFormerConfig:
+    """The dimensions of a Q-Former whose position tables hold the marker of the newest frame."""
+    return replace(config, slots=1, time_buckets=1)
 
 
 def _marker_rows(qformer: QFormer, marker: Tensor) -> dict[str, Tensor]:
@@ -178,7 +208,7 @@ def _write(
     options: Conversion,
     progress: Progress,
 ) -> Manifest:
-    text = _text_buckets(qformer)
+    text = _text_buckets(qformer.config)
     vision = checkpoint.vision
     frames = torch.zeros(1, vision.image_size, vision.image_size, 3, dtype=torch.uint8)
     export_streamed(
@@ -201,31 +231,44 @@ def _write(
     progress("Q-Former", 1, 1)
     tokenizer = options.tokenizer or checkpoint.tokenizer
     if tokenizer is not None and qformer.config.vocab:
-        write_text_tokenizer(tokenizer, folder / "tokenizer.json", rows=qformer.config.vocab)
-    config = qformer.config
-    manifest = Manifest(
-        name=folder.name.removesuffix(".part"),
+        write_text_tokenizer(tokenizer, folder / TOKENIZER_FILE, rows=qformer.config.vocab)
+    llm = _language_model(options, checkpoint.name, folder, progress)
+    return write_manifest(folder, manifest_of(checkpoint, folder.name.removesuffix(".part"), positions, options, llm))
+
+
+def manifest_of(
+    checkpoint: Checkpoint, name: str, positions: NoPositionsInfo | CurrentInfo, options: Conversion, llm: LLMInfo | None
+) -> Manifest:
+    """What the bundle says of itself, its files' hashes left out."""
+    vision, config = checkpoint.vision, checkpoint.qformer
+    return Manifest(
+        name=name,
         dims=Dims(
             image_size=vision.image_size, tokens=vision.tokens, channels=config.channels, queries=config.queries,
             hidden=config.hidden, layers=config.layers, cross_layers=tuple(config.cross_layers), heads=config.heads,
-            n_embd=config.n_embd, memory_length=options.memory_length, text_buckets=text,
-            position_buckets=positions.buckets(slots),
+            n_embd=config.n_embd, memory_length=options.memory_length, text_buckets=_text_buckets(config),
+            position_buckets=positions.buckets(options.memory_length + 1),
         ),
         preprocessing=Preprocessing(width=vision.image_size, height=vision.image_size, scaler="bicubic"),
         sample_fps=options.sample_fps,
         templates=_templates(checkpoint, options),
         decoding=Decoding(max_tokens=256, beams=5, repetition_penalty=1.5),
         positions=positions,
-        graphs={name: GraphInfo(files={options.precision: f"{name}.onnx"}) for name in ("vision", *graphs)},
+        graphs={name: GraphInfo(files={options.precision: f"{name}.onnx"}) for name in ("vision", *GRAPHS)},
         variants=(options.precision,),
-        llm=_language_model(options, checkpoint.name, folder, progress),
-        tokenizer="tokenizer.json" if config.vocab else None,
+        llm=llm,
+        tokenizer=TOKENIZER_FILE if config.vocab else None,
         provenance=_provenance(checkpoint, options.llm),
     )  # fmt: skip
-    return write_manifest(folder, manifest)
 
 
-def _check(checkpoint: Checkpoint, out: Path, options: Conversion) -> None:
+def check_options(checkpoint: Checkpoint, out: Path, options: Conversion) -> None:
+    """Refuse what can't be exported, before anything is written.
+
+    Raises:
+        UsageError: `out` is there and is no bundle, or an option makes no sense.
+        CheckpointError: no text tokenizer.
+    """
     if out.exists() and not (out / MANIFEST).is_file():
         raise UsageError(f"{out} is there and is no bundle.", fix="Name a folder that does not exist yet.")
     if options.memory_length < 1:
@@ -248,11 +291,11 @@ def _check(checkpoint: Checkpoint, out: Path, options: Conversion) -> None:
             )
 
 
-def _text_buckets(qformer: QFormer) -> tuple[int, ...]:
+def _text_buckets(config: QFormerConfig) -> tuple[int, ...]:
     """Lengths that the graphs are built for, up to the position table's."""
-    if not qformer.config.vocab:
+    if not config.vocab:
         return (0,)
-    return tuple(bucket for bucket in _BUCKETS if bucket <= qformer.config.max_text) or (qformer.config.max_text,)
+    return tuple(bucket for bucket in _BUCKETS if bucket <= config.max_text) or (config.max_text,)
 
 
 def _templates(checkpoint: Checkpoint, options: Conversion) -> Templates:

@@ -26,7 +26,16 @@ from keepsight.export.lora import Adapter, merged, open_lora
 from keepsight.export.tensorfiles import StoredTensor, open_tensors
 from keepsight.streams.errors import CheckpointError
 
-__all__ = ["FloatType", "LanguageSource", "LlamaConfig", "open_llama", "with_lora", "write_gguf"]
+__all__ = [
+    "FloatType",
+    "GGUFLayout",
+    "LanguageSource",
+    "LlamaConfig",
+    "gguf_layout",
+    "open_llama",
+    "with_lora",
+    "write_gguf",
+]
 
 FloatType = Literal["F16", "F32"]
 Progress = Callable[[int, int], None]
@@ -139,21 +148,10 @@ def write_gguf(
     Raises:
         CheckpointError: no tokenizer, or tensors that are missing, unknown or of the wrong shape.
     """
-    import gguf
-
-    config = source.config
-    named = _named(config, source.tensors if source.lora is None else merged(source.tensors, source.lora))
-    vocabulary = _Vocabulary(source.tokenizer, config.vocab)
+    named = _named(source)
     partial = out.with_name(f"{out.name}.part")
-    writer: Any = gguf.GGUFWriter(str(partial), "llama")
     try:
-        _add_dimensions(writer, config, name, float_type)
-        vocabulary.add(writer, source.bos)
-        for target, stored in named.items():
-            writer.add_tensor_info(target, stored.shape, _dtype(stored, float_type), _bytes(stored, float_type))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        writer = _write_head(partial, source, named, name, float_type)
         for index, stored in enumerate(named.values()):
             writer.write_tensor_data(_values(stored, float_type))
             if progress is not None:
@@ -162,6 +160,48 @@ def write_gguf(
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class GGUFLayout:
+    """What a GGUF file will hold, before it is written.
+
+    Attributes:
+        head_bytes: of metadata, vocabulary and the table of tensors, as `write_gguf` writes them.
+        shapes: of the tensors, by llama.cpp's names.
+    """
+
+    head_bytes: int
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def gguf_layout(source: LanguageSource, *, name: str) -> GGUFLayout:
+    """The layout of the float16 file of that name; the head is written to memory, and no weight is read.
+
+    Raises:
+        CheckpointError: as `write_gguf`.
+    """
+    named = _named(source)
+    with os.fdopen(os.memfd_create("head.gguf"), "rb") as head:
+        _write_head(Path(f"/proc/self/fd/{head.fileno()}"), source, named, name, "F16").close()
+        size = os.fstat(head.fileno()).st_size
+    return GGUFLayout(size, {target: stored.shape for target, stored in named.items()})
+
+
+def _write_head(path: Path, source: LanguageSource, named: Mapping[str, StoredTensor], name: str, float_type: FloatType) -> Any:
+    """Write everything but the weights; returns the writer, which takes them in the order of `named`."""
+    import gguf
+
+    vocabulary = _Vocabulary(source.tokenizer, source.config.vocab)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    _add_dimensions(writer, source.config, name, float_type)
+    vocabulary.add(writer, source.bos)
+    for target, stored in named.items():
+        writer.add_tensor_info(target, stored.shape, _dtype(stored, float_type), _bytes(stored, float_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer
 
 
 _LAYER = {
@@ -192,8 +232,9 @@ def _expected(config: LlamaConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]
         yield "lm_head.weight", "output.weight", (config.vocab, config.hidden)
 
 
-def _named(config: LlamaConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors under llama.cpp's names, q and k reordered as they are read."""
+def _named(source: LanguageSource) -> dict[str, StoredTensor]:
+    """The tensors under llama.cpp's names, an adapter merged and q and k reordered as they are read."""
+    config, tensors = source.config, source.tensors if source.lora is None else merged(source.tensors, source.lora)
     expected = list(_expected(config))
     known = {theirs for theirs, _, _ in expected} | ({"lm_head.weight"} if config.tied else set())
     missing = [theirs for theirs, _, _ in expected if theirs not in tensors]

@@ -8,11 +8,20 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer
 
 from keepsight.streams.errors import CheckpointError
 
-__all__ = ["write_text_tokenizer"]
+__all__ = ["text_tokenizer", "write_text_tokenizer"]
 
 
 def write_text_tokenizer(source: Path, target: Path, *, rows: int) -> None:
-    """Write `target` from a folder, a `tokenizer.json` or a BERT `vocab.txt` (lower-cased, `[CLS] text [SEP]`).
+    """Write `target` from what `text_tokenizer` reads.
+
+    Raises:
+        CheckpointError: as `text_tokenizer`.
+    """
+    text_tokenizer(source, rows=rows).save(str(target))
+
+
+def text_tokenizer(source: Path, *, rows: int) -> Tokenizer:
+    """Read a folder, a `tokenizer.json` or a BERT `vocab.txt` (lower-cased, `[CLS] text [SEP]`).
 
     LAVIS adds a token `[DEC]` to bert-base-uncased, which no question contains; the embedding may have more rows than the
     tokenizer has tokens.
@@ -28,7 +37,7 @@ def write_text_tokenizer(source: Path, target: Path, *, rows: int) -> None:
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.save(str(target))
+    return tokenizer
 
 
 def _file(source: Path) -> Path:

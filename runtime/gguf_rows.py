@@ -1,4 +1,4 @@
-"""Reads single rows of a matrix in a GGUF file, without parsing its vocabulary or reading the matrix.
+"""Reads the shapes of a GGUF file's matrices and single rows of one, without parsing its vocabulary or reading the matrix.
 
 `gguf.GGUFReader` turns every string of the vocabulary into numpy arrays: 2.9 s for 49,152 tokens. Skipping them takes
 milliseconds, and eight rows of an embedding table are a few kilobytes.
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from keepsight.streams.errors import LLMError, MissingModelError
 
-__all__ = ["GGUFMatrix", "find_matrix"]
+__all__ = ["GGUFMatrix", "find_matrix", "matrix_shapes"]
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -63,11 +63,27 @@ def find_matrix(path: Path, name: str) -> GGUFMatrix:
         MissingModelError: there is no such file.
         LLMError: it is not a GGUF file, is cut short, or holds no such matrix.
     """
+    found = _matrices(path).get(name)
+    if found is None:
+        raise LLMError(f"{path} is not a readable GGUF file (it holds no matrix {name!r}).", fix="Fetch or convert it again.")
+    return found
+
+
+def matrix_shapes(path: Path) -> dict[str, tuple[int, int]]:
+    """Rows and width of every matrix in a GGUF file, by name.
+
+    Raises:
+        MissingModelError, LLMError: as `find_matrix`.
+    """
+    return {name: (matrix.rows, matrix.width) for name, matrix in _matrices(path).items()}
+
+
+def _matrices(path: Path) -> dict[str, GGUFMatrix]:
     if not path.is_file():
         raise MissingModelError(f"There is no GGUF file at {path}.", fix="Check the path.")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Header(path, data).find(name)
+            return _Header(path, data).matrices()
     except (ValueError, struct.error, KeyError) as error:
         raise LLMError(f"{path} is not a readable GGUF file ({error}).", fix="Fetch or convert it again.") from error
 
@@ -81,20 +97,19 @@ class _Header:
             raise ValueError("no GGUF magic" if data[:4] != _MAGIC else f"GGUF version {version}")
         self._tensors, self._values = self._u64(), self._u64()
 
-    def find(self, name: str) -> GGUFMatrix:
+    def matrices(self) -> dict[str, GGUFMatrix]:
         alignment = self._skip_metadata()
-        found: tuple[list[int], int, int] | None = None
+        found = []
         for _ in range(self._tensors):
-            tensor = self._string()
+            name = self._string().decode()
             shape = [self._u64() for _ in range(self._u32())]
-            kind, offset = self._u32(), self._u64()
-            if tensor == name.encode():
-                found = shape, kind, offset
-        if found is None or len(found[0]) < 2:
-            raise ValueError(f"it holds no matrix {name!r}")
-        shape, kind, offset = found
+            found.append((name, shape, self._u32(), self._u64()))
         base = -(-self._at // alignment) * alignment
-        return GGUFMatrix(self._path, prod(shape[1:]), shape[0], kind, base + offset)
+        return {
+            name: GGUFMatrix(self._path, prod(shape[1:]), shape[0], kind, base + offset)
+            for name, shape, kind, offset in found
+            if len(shape) > 1
+        }
 
     def _skip_metadata(self) -> int:
         """Moves past the key-value pairs and returns the alignment of tensor data, in bytes."""

@@ -390,9 +390,13 @@ def write_manifest(directory: str | Path, manifest: Manifest) -> Manifest:
     if absent:
         raise BundleError(f"{directory} has no {absent[0]}, which its manifest refers to.")
     manifest = _validated({**manifest.model_dump(), "files": files}, directory / MANIFEST)
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    (directory / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     return manifest
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """What `manifest.json` says."""
+    return json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def sha256_of(path: Path) -> str:

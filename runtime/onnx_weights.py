@@ -1,4 +1,4 @@
-"""Which weight files an ONNX graph refers to, read from the file itself: boards have no `onnx` package."""
+"""The weights of an ONNX graph, their files and their size, read from the file itself: boards have no `onnx` package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from keepsight.streams.errors import BundleError
 
-__all__ = ["external_files"]
+__all__ = ["external_files", "weight_bytes"]
 
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5  # wire types of protocol buffers
 _FIXED = {_EIGHT_BYTES: 8, _FOUR_BYTES: 4}
@@ -23,6 +23,7 @@ _WAYS: dict[str, dict[int, str]] = {
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
 }
 _EXTERNAL_DATA, _KEY, _VALUE = 13, 1, 2  # TensorProto.external_data; StringStringEntryProto.key and .value
+_VALUES = (4, 9)  # TensorProto.float_data and .raw_data: where weights lie inside the file
 
 
 def external_files(path: Path) -> frozenset[str]:
@@ -33,26 +34,49 @@ def external_files(path: Path) -> frozenset[str]:
     Raises:
         BundleError: the file can't be read, or is no ONNX model.
     """
+    return frozenset(file for file, _ in _weights(path) if file is not None)
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of the weights that a graph reads, inside its file and outside.
+
+    Raises:
+        BundleError: as `external_files`.
+    """
+    return sum(size for _, size in _weights(path))
+
+
+def _weights(path: Path) -> list[tuple[str | None, int]]:
+    """Of every tensor in a file, the external file that holds it, if one does, and its bytes."""
     try:
         with path.open("rb") as file:
             # Not closed by hand: views into it may outlive an error here.
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return frozenset(_locations(memoryview(content), "Model"))
+        return [_weight(tensor) for tensor in _tensors(memoryview(content), "Model")]
     except OSError as error:
         raise BundleError(f"{path} can't be read ({error.strerror}).", fix="Restore or export the bundle again.") from error
-    except (IndexError, ValueError) as error:  # mmap refuses an empty file with a ValueError
+    except (IndexError, KeyError, ValueError) as error:  # mmap refuses an empty file with a ValueError
         raise BundleError(f"{path} is not an ONNX model.", fix="Restore or export the bundle again.") from error
 
 
-def _locations(message: memoryview, kind: str) -> Iterator[str]:
+def _tensors(message: memoryview, kind: str) -> Iterator[memoryview]:
+    if kind == "Tensor":
+        yield message
+        return
     for number, value in _fields(message):
-        if kind == "Tensor":
-            if number == _EXTERNAL_DATA:
-                entry = {key: bytes(text) for key, text in _fields(value)}
-                if entry.get(_KEY) == b"location":
-                    yield entry[_VALUE].decode()
-        elif inner := _WAYS[kind].get(number):
-            yield from _locations(value, inner)
+        if inner := _WAYS[kind].get(number):
+            yield from _tensors(value, inner)
+
+
+def _weight(tensor: memoryview) -> tuple[str | None, int]:
+    place, inside = {}, 0
+    for number, value in _fields(tensor):
+        if number == _EXTERNAL_DATA:
+            entry = {key: bytes(text) for key, text in _fields(value)}
+            place[entry[_KEY]] = entry[_VALUE].decode()
+        elif number in _VALUES:
+            inside += len(value)
+    return place.get(b"location"), int(place.get(b"length", inside))
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
