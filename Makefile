@@ -20,7 +20,7 @@ help:
 	@echo "make setup   only the set-up of make demo: system packages, .venv, llama.cpp, keepsight[tiny]"
 	@echo "make lint    only ruff and mypy"
 	@echo "make results measure the README's accuracy table again (about 20 minutes)"
-	@echo "make full-size export models of full size with random weights (30 GB of disk, 16 GB of memory, some minutes)"
+	@echo "make full-size export models of full size with random weights (30 GB of disk, 16 GB of memory, about 45 minutes)"
 	@echo "make clean   remove .venv and everything built (not the cache of llama.cpp wheels)"
 	@echo
 	@echo "Settings, here or in local.mk: PYTHON, CMAKE_ARGS, TORCH, SKIP_APT=1, KEEPSIGHT_CACHE (now $${KEEPSIGHT_CACHE:-$${XDG_CACHE_HOME:-~/.cache}/keepsight})"

@@ -78,8 +78,8 @@ class GraphSizes:
 
         The latter are float32 here, which halves what it can without loss: that takes their values to know.
         """
-        read = {name for names in self._reads.values() for name in names}
-        large = {name for name in read if not self._parameters[name].small}
+        read = dict.fromkeys(name for names in self._reads.values() for name in names)
+        large = [name for name in read if not self._parameters[name].small]
         appended = (4 * parameter.elements for name, parameter in self._parameters.items() if name not in large)
         return _packed(self._parameters[name].bytes for name in large) + sum(appended)
 

@@ -1,8 +1,8 @@
 """What a model takes in a board's memory, part by part, and whether it fits.
 
 A board has one memory for CPU and GPU. The parts are those of a process that runs the graphs as TensorRT engines and the
-language model in llama.cpp: each engine holds its weights, a copy of its inputs and outputs, and its activations; the banks
-live on the host. Each part says how it is known.
+language model in llama.cpp, all its layers on the GPU: each engine holds its weights and a copy of its inputs and outputs, and
+all share room for activations; the banks live on the host. Each part says how it is known.
 """
 
 from __future__ import annotations
@@ -138,9 +138,7 @@ def banks(dims: Dims, *, standing: int = 1) -> tuple[Part, ...]:
 
 
 def engines(dims: Dims, weights: Mapping[str, int]) -> tuple[Part, ...]:
-    """The graphs as TensorRT engines; they share nothing.
-
-    While an engine is loaded its file is in memory, too; that is over before the language model is loaded.
+    """The graphs as TensorRT engines: weights, inputs and outputs of each, and room for the activations of one at a time.
 
     Args:
         weights: bytes of weights that each graph reads, by its name.
@@ -152,7 +150,7 @@ def engines(dims: Dims, weights: Mapping[str, int]) -> tuple[Part, ...]:
         Part("engine of the visual encoder", round(_VISION_ENGINE * weights["vision"]), "estimated"),
         Part(f"{len(graphs)} engines of the Q-Former", round(_QFORMER_ENGINE * sum(weights[n] for n in graphs)), "estimated"),
         Part("inputs and outputs on the device", copies, "exact"),
-        Part("activations", sum(_activations(dims, name) for name in weights), "estimated"),
+        Part("activations", max(_activations(dims, name) for name in weights), "estimated"),
     )
 
 

@@ -79,12 +79,18 @@ def test_it_fits_to_the_byte() -> None:
         assert found.fits is fits and found.free_bytes == -extra
 
 
-def test_engines_share_nothing_and_grow_with_the_memory() -> None:
+def test_engines_share_no_weights_and_grow_with_the_memory() -> None:
     weights = {"vision": 1000, "visual_kv": 1, "prompt": 2, "step": 3, "answer": 4, "replay": 5}
     short, long = (sum(part.bytes for part in engines(smaller(memory_length=length), weights)) for length in (10, 20))
     assert long > 1.5 * short
     twice = engines(DIMS, {**weights, "step": 1003})
     assert twice[1].bytes - engines(DIMS, weights)[1].bytes == pytest.approx(1140, abs=1)
+
+
+def test_engines_share_the_room_for_activations() -> None:
+    weights = {"vision": 1000, "visual_kv": 1, "prompt": 2, "step": 3, "answer": 4, "replay": 5}
+    alone = engines(DIMS, {"vision": 1000, "replay": 5})
+    assert alone[3].name == "activations" and engines(DIMS, weights)[3] == alone[3]
 
 
 def test_inputs_and_outputs_are_those_of_the_shipped_graphs() -> None:
