@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from keepsight.streams.bicubic import scaled
 from keepsight.streams.capture import Picture, Timeouts
 from keepsight.streams.errors import SourceUnreadableError
 from keepsight.streams.gst import array_to_buffer, first_error, load_gst, sample_to_array
-from keepsight.streams.pipelines import FRAMES, ORIGIN, View, build, recipe_for_pictures
+from keepsight.streams.pipelines import FRAMES, ORIGIN, build, recipe_for_pictures
+from keepsight.streams.view import View
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,6 +74,8 @@ class ArrayFile:
                 self._scaler.close()
 
     def _scaled(self, image: NDArray[np.uint8], view: View) -> NDArray[np.uint8] | None:
+        if view.scales_in_software:
+            return scaled(image, view)
         with self._lock:
             if self._closed:
                 return None

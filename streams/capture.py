@@ -8,12 +8,14 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from keepsight.streams.bicubic import scaled
 from keepsight.streams.errors import KeepsightError, NoFrameError, SourceUnreadableError
 from keepsight.streams.faults import fault_of, lost, truncation_of
-from keepsight.streams.gst import first_error, load_gst, sample_to_array
-from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Delivery, View, build, recipe_for
+from keepsight.streams.gst import first_error, load_gst, pixel_aspect, sample_to_array
+from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Delivery, build, recipe_for
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.uri import SourceURI
+from keepsight.streams.view import View
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +69,7 @@ class Capture:
         self, uri: SourceURI, view: View, delivery: Delivery, timeouts: Timeouts, sampler: Sampler | None = None
     ) -> None:
         self._gst = load_gst()
-        self._uri, self._delivery, self._timeouts = uri, delivery, timeouts
+        self._uri, self._view, self._delivery, self._timeouts = uri, view, delivery, timeouts
         self._live = delivery == "newest"
         self._closed = threading.Event()
         self._fault: KeepsightError | None = None
@@ -138,7 +140,8 @@ class Capture:
             captured_at -= max(0.0, self._elapsed_s() - time_s)
         if time_s is None:  # a picture file, or a raw stream without times
             time_s = captured_at - self._started if self._live else 0.0
-        return Picture(sample_to_array(sample), time_s, captured_at)
+        image = scaled(sample_to_array(sample), self._view, pixel_aspect(sample))
+        return Picture(image, time_s, captured_at)
 
     def _elapsed_s(self) -> float:
         """The pipeline's running time now."""

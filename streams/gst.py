@@ -25,9 +25,11 @@ __all__ = [
     "array_to_buffer",
     "debian_package",
     "first_error",
+    "force_matrix",
     "has_element",
     "launch",
     "load_gst",
+    "pixel_aspect",
     "require_elements",
     "sample_to_array",
 ]
@@ -46,7 +48,7 @@ _PACKAGE_OF = {
         "appsink appsrc decodebin playbin uridecodebin videoconvert videoscale videotestsrc typefind"
     ),
     "gstreamer1.0-plugins-good": (
-        "avidemux imagefreeze jpegdec jpegenc matroskademux matroskamux mp4mux pngdec pngenc qtdemux rtph264depay "
+        "avidemux capssetter imagefreeze jpegdec jpegenc matroskademux matroskamux mp4mux pngdec pngenc qtdemux rtph264depay "
         "rtspsrc v4l2src videoflip vp8enc"
     ),
     "gstreamer1.0-plugins-bad": "h264parse h265parse openh264dec openh264enc",
@@ -205,6 +207,31 @@ def first_error(bus: Any) -> Any | None:
     return found
 
 
+def force_matrix(setter: Any, matrix: str) -> None:
+    """Make a capssetter say `bt601` or `bt709` of YUV that passes it, and leave the rest of its colorimetry as it is.
+
+    The range above all: a JPEG's is the full one. What is not YUV passes as it is.
+    """
+    gst = load_gst()
+    from gi.repository import GstVideo
+
+    number = int(getattr(GstVideo.VideoColorMatrix, matrix.upper()))
+
+    def on_event(pad: Any, info: Any) -> Any:
+        event = info.get_event()
+        if event.type == gst.EventType.CAPS:
+            caps = event.parse_caps()
+            stream = GstVideo.VideoInfo.new_from_caps(caps)
+            colours = stream.colorimetry
+            if stream.finfo.flags & GstVideo.VideoFormatFlags.YUV:
+                rest = f"{int(colours.transfer)}:{int(colours.primaries)}"
+                told = f"video/x-raw,colorimetry=(string){int(colours.range)}:{number}:{rest}"
+                setter.set_property("caps", gst.Caps.from_string(told))
+        return gst.PadProbeReturn.OK
+
+    setter.get_static_pad("sink").add_probe(gst.PadProbeType.EVENT_DOWNSTREAM, on_event)
+
+
 def array_to_buffer(image: NDArray[np.uint8]) -> Any:
     """Copy a picture, uint8 `[H, W, 3]`, into a buffer for caps of `video/x-raw, format=RGB`; its time is not set."""
     height, width, _ = image.shape
@@ -212,6 +239,12 @@ def array_to_buffer(image: NDArray[np.uint8]) -> Any:
     rows = np.zeros((height, stride), np.uint8)
     rows[:, : 3 * width] = image.reshape(height, 3 * width)
     return load_gst().Buffer.new_wrapped(rows.tobytes())
+
+
+def pixel_aspect(sample: Any) -> float:
+    """Width of a sample's pixels over their height; 1 where its caps do not say."""
+    known, width, height = sample.get_caps().get_structure(0).get_fraction("pixel-aspect-ratio")
+    return width / height if known and width > 0 and height > 0 else 1.0
 
 
 def sample_to_array(sample: Any) -> NDArray[np.uint8]:

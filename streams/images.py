@@ -7,8 +7,8 @@ from pathlib import Path
 
 from keepsight.streams.capture import Capture, Picture, Timeouts
 from keepsight.streams.errors import SourceUnreadableError
-from keepsight.streams.pipelines import View
 from keepsight.streams.uri import SourceURI
+from keepsight.streams.view import View
 
 __all__ = ["ImageFiles", "image_paths"]
 

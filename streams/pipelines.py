@@ -8,39 +8,19 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from keepsight.streams.errors import UsageError
-from keepsight.streams.gst import has_element, launch, load_gst, require_elements
+from keepsight.streams.gst import force_matrix, has_element, launch, load_gst, require_elements
 from keepsight.streams.uri import Option, SourceURI
+from keepsight.streams.view import Colorimetry, Scaler, View
 
-__all__ = ["Delivery", "Recipe", "View", "build", "recipe_for", "recipe_for_pictures"]
+__all__ = ["Delivery", "Recipe", "build", "recipe_for", "recipe_for_pictures"]
 
-Aspect = Literal["stretch", "letterbox"]
 Delivery = Literal["every", "newest", "newest-in-time"]
 
 # Names of the elements that the capture looks up.
-FRAMES, TAP, ORIGIN, DECODER = "frames", "tap", "origin", "decoder"
+FRAMES, TAP, ORIGIN, DECODER, MATRIX = "frames", "tap", "origin", "decoder", "matrix"
 
 _CSI_DEFAULTS: Mapping[str, Option] = {"width": 1280, "height": 720, "fps": Fraction(30)}
 _RTSP_LATENCY_MS = 200
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """How pictures are wanted.
-
-    Attributes:
-        size: (width, height) in pixels, or None for the size and the pixels as they are stored.
-        aspect: `stretch` fills the size; `letterbox` keeps the shape that a viewer sees (pixels need not be square)
-            and adds black borders.
-    """
-
-    size: tuple[int, int] | None = None
-    aspect: Aspect = "stretch"
-
-    def __post_init__(self) -> None:
-        if self.aspect not in ("stretch", "letterbox"):
-            raise UsageError(f"aspect={self.aspect!r} is not known.", fix="Use 'stretch' or 'letterbox'.")
-        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
-            raise UsageError(f"size={self.size!r} is not a size.", fix="Give (width, height), each 1 or more.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +31,13 @@ class Recipe:
         launch: gst-launch's language. No text of the user's is in it: that would need quoting.
         elements: what must be installed.
         origin: properties to set on the source element.
+        colorimetry: the matrix that the element `MATRIX`, if there is one, makes YUV be read with.
     """
 
     launch: str
     elements: tuple[str, ...]
     origin: Mapping[str, Any] = field(default_factory=dict)
+    colorimetry: Colorimetry | None = None
 
 
 def recipe_for(uri: SourceURI, view: View, delivery: Delivery) -> Recipe:
@@ -69,7 +51,7 @@ def recipe_for(uri: SourceURI, view: View, delivery: Delivery) -> Recipe:
     """
     head = _HEADS[uri.kind](uri, delivery)
     tail, tail_elements = _tail(view, delivery, live=delivery == "newest")
-    return Recipe(f"{head.launch} ! {tail}", head.elements + tail_elements, head.origin)
+    return Recipe(f"{head.launch} ! {tail}", head.elements + tail_elements, head.origin, view.colorimetry)
 
 
 def recipe_for_pictures(width: int, height: int, view: View) -> Recipe:
@@ -90,6 +72,8 @@ def build(recipe: Recipe) -> Any:
     origin = pipeline.get_by_name(ORIGIN)
     for name, value in recipe.origin.items():
         origin.set_property(name, value)
+    if recipe.colorimetry is not None:
+        force_matrix(pipeline.get_by_name(MATRIX), recipe.colorimetry)
     return pipeline
 
 
@@ -179,23 +163,38 @@ def _decoding() -> tuple[str, tuple[str, ...]]:
 
 
 def _tail(view: View, delivery: Delivery, *, live: bool) -> tuple[str, tuple[str, ...]]:
-    caps, scale = "video/x-raw,format=RGB", ""
-    if view.size is not None:
+    caps, scale, elements = "video/x-raw,format=RGB", "", ["queue", "videoconvert", "videoflip", "appsink"]
+    if view.size is not None and not view.scales_in_software:
         width, height = view.size
         borders = "true" if view.aspect == "letterbox" else "false"
         # Scaled before it is converted: converting the full size costs more. With square pixels asked for, borders
         # keep the shape seen on a screen, and no borders fill the size whatever the shape of the stored pixels.
-        scale = f"videoscale add-borders={borders} ! "
+        scale = f"videoscale method={_METHODS[view.scaler]} add-borders={borders} ! "
         caps += f",width={width},height={height},pixel-aspect-ratio=1/1"
+        elements.append("videoscale")
     # A live source must not queue up behind a machine too slow to scale: its old frames are let go here.
     head = f"queue name={TAP} leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0 ! videoconvert"
     head = head if live else f"videoconvert name={TAP}"
+    if view.colorimetry is not None:
+        head = f"capssetter name={MATRIX} ! {head}"
+        elements.append("capssetter")
+    exact = f"{_EXACT_COLOURS} ! " if view.conversion == "exact" else ""
     sink = f"appsink name={FRAMES} {_SINKS[delivery]}"
     # videoflip turns pictures of a phone held upright; the videoconvert before it is idle unless videoflip does not
     # know the format.
-    launch = f"{head} ! videoflip video-direction=auto ! {scale}{_EXACT_COLOURS} ! videoconvert ! {caps} ! {sink}"
-    return launch, ("queue", "videoconvert", "videoflip", "videoscale", "appsink")
+    launch = f"{head} ! videoflip video-direction=auto ! {scale}{exact}videoconvert ! {caps} ! {sink}"
+    return launch, tuple(elements)
 
+
+# GStreamer's names of its scalers. Those with several taps take as many more as the picture gets smaller: they antialias.
+_METHODS: Mapping[Scaler, str] = {
+    "nearest": "nearest-neighbour",
+    "bilinear": "bilinear",
+    "sinc-4tap": "4-tap",
+    "bilinear-antialias": "bilinear2",
+    "bicubic-antialias": "catrom",
+    "lanczos": "lanczos",
+}
 
 # GStreamer's direct way from 8-bit YUV to RGB is 2.6 levels of 255 off on average, nearly all of them too dark;
 # through 16 bits it is 0.65 off, for 0.5 ms a frame of 224x224. Of these formats GStreamer takes the one that loses

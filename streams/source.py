@@ -16,10 +16,11 @@ from keepsight.streams.errors import SourceNotFoundError, SourceUnreadableError,
 from keepsight.streams.faults import truncation_of
 from keepsight.streams.frame import Frame
 from keepsight.streams.images import ImageFiles, image_paths
-from keepsight.streams.pipelines import Aspect, Delivery, View
+from keepsight.streams.pipelines import Delivery
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.stills import Stills, StillSequence
 from keepsight.streams.uri import SourceURI
+from keepsight.streams.view import Aspect, Colorimetry, Conversion, Scaler, View
 
 __all__ = ["Source"]
 
@@ -51,6 +52,11 @@ class Source(Iterator[Frame]):
             the options after `?`).
         size: (width, height) of the frames; None leaves the stored pixels as they are.
         aspect: `stretch` fills `size`; `letterbox` keeps the shape and adds black borders.
+        scaler: how `size` is reached, one of `view.Scaler`: GStreamer's `nearest`, `bilinear`, `sinc-4tap`,
+            `bilinear-antialias`, `bicubic-antialias`, `lanczos`; or PyTorch's `bicubic`, and `bicubic-wrap` whose
+            overshoot wraps around.
+        colorimetry: `bt601` or `bt709` reads YUV with that matrix whatever the stream says; None believes the stream.
+        conversion: `exact` goes from YUV to RGB through 16 bits; `8-bit` is quicker, and 2 to 4 levels too dark.
         fps: frames wanted per second of the stream, the first at or after each `k / fps`; None is every frame.
             For pictures and `.npy` frames, of which every one is given, it is their rate, 1 by default.
         pace: `auto` plays what is live as live and files offline; `offline` gives every frame of a file or of a test
@@ -78,6 +84,9 @@ class Source(Iterator[Frame]):
         *,
         size: tuple[int, int] | None = None,
         aspect: Aspect = "stretch",
+        scaler: Scaler = "bilinear",
+        colorimetry: Colorimetry | None = None,
+        conversion: Conversion = "exact",
         fps: float | None = None,
         pace: Pace = "auto",
         first_frame_timeout_s: float = 10.0,
@@ -87,7 +96,7 @@ class Source(Iterator[Frame]):
         self._closed = False
         self._reader: _Reader | None = None
         self.uri = SourceURI.parse(uri)
-        self._view = View(size, aspect)
+        self._view = View(size, aspect, scaler, colorimetry, conversion)
         self._pace = pace
         self._delivery = _delivery(self.uri, pace)
         self._timeouts = Timeouts(first_frame_timeout_s, stall_timeout_s)
@@ -152,7 +161,8 @@ class Source(Iterator[Frame]):
             self.close()
 
     def __repr__(self) -> str:
-        options = f", size={self._view.size}, aspect={self._view.aspect!r}, fps={self._fps}, pace={self._pace!r}"
+        view = self._view
+        options = f", size={view.size}, aspect={view.aspect!r}, scaler={view.scaler!r}, fps={self._fps}, pace={self._pace!r}"
         return f"Source({self.uri.redacted!r}{options})"
 
     def _open(self) -> _Reader | None:
