@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -219,14 +220,12 @@ def _pictures(bundle: Bundle, clip: str | None, frames: int | None) -> tuple[NDA
 def _against_trace(bundle: Bundle, engines: Engines, path: Path, clip: str | None) -> Report:
     """Without PyTorch: this runs on the board."""
     from keepsight.runtime.trace_check import check_trace, read_trace
-    from keepsight.streams import Source
 
     trace = read_trace(path)
     if clip is None:
         return check_trace(bundle, trace, against=path.name, engines=engines)
-    size = bundle.manifest.preprocessing
     rate = 1.0 if clip.lower().endswith(".npy") else bundle.manifest.sample_fps
-    with Source(clip, size=(size.width, size.height), aspect=size.aspect, fps=rate) as source:
+    with bundle.source(clip, fps=rate) as source:
         return check_trace(bundle, trace, source, against=path.name, engines=engines)
 
 
@@ -234,16 +233,8 @@ def _read_clip(bundle: Bundle, clip: str, count: int) -> NDArray[np.uint8]:
     """The first frames of a clip, scaled and sampled as the manifest says."""
     import numpy as np
 
-    from keepsight.streams import Source
-
-    pictures, preprocessing = [], bundle.manifest.preprocessing
-    size = (preprocessing.width, preprocessing.height)
-    with Source(clip, size=size, aspect=preprocessing.aspect, fps=bundle.manifest.sample_fps) as source:
-        for frame in source:
-            pictures.append(frame.image)
-            if len(pictures) == count:
-                break
-    return np.stack(pictures)
+    with bundle.source(clip) as source:
+        return np.stack([frame.image for frame in islice(source, count)])
 
 
 def _print_parity(report: Report) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from keepsight.runtime.manifest import LLMInfo, Manifest, read_manifest, sha256_of
 from keepsight.runtime.tokenizer import TextTokenizer
+from keepsight.streams import Source
 from keepsight.streams.errors import BundleError, MissingModelError, UsageError
 
 __all__ = ["SHIPPED", "Bundle"]
@@ -68,6 +69,28 @@ class Bundle:
         variant = self.variant if variant is None else variant
         self._check_variant(variant)
         return self.path / self.manifest.graphs[name].files[variant]
+
+    def source(self, uri: str | Path, *, fps: float | None = None, realtime: bool = False) -> Source:
+        """Open a source of frames as the vision graph takes them: scaled and sampled as the manifest says.
+
+        Args:
+            uri: what `Source` takes.
+            fps: another rate than the manifest's.
+            realtime: let a file play at its own speed, as a camera.
+
+        Raises:
+            KeepsightError: what `Source` raises.
+        """
+        wanted = self.manifest.preprocessing
+        return Source(
+            uri,
+            size=(wanted.width, wanted.height),
+            aspect=wanted.aspect,
+            scaler=wanted.scaler,
+            colorimetry=wanted.colorimetry,
+            fps=fps or self.manifest.sample_fps,
+            pace="realtime" if realtime else "auto",
+        )
 
     @cached_property
     def tokenizer(self) -> TextTokenizer | None:

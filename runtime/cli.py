@@ -163,15 +163,13 @@ def trace(
     from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle
     from keepsight.runtime.qformer import QFormer
-    from keepsight.streams import Source
 
     question = _one_of(question, prompt)
     opened = Bundle.open(bundle, variant=variant)
-    size = opened.manifest.preprocessing
     rate = fps or (1.0 if source.lower().endswith(".npy") else opened.manifest.sample_fps)
     engines = open_engines(opened, backend, threads=threads or 1, cuda_graphs=cuda_graphs)
     qformer = QFormer(opened, engines=engines)
-    with engines, Source(source, size=(size.width, size.height), aspect=size.aspect, fps=rate) as frames:
+    with engines, opened.source(source, fps=rate) as frames:
         arrays = recording.record(qformer, frames, question, prompt=prompt)
     recording.save(out, arrays)
     for name, array in arrays.items():

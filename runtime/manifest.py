@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from keepsight.streams.errors import BundleError
+from keepsight.streams.view import Aspect, Colorimetry, Scaler
 
 __all__ = [
     "MANIFEST",
@@ -125,16 +126,16 @@ class Preprocessing(_Part):
 
     Attributes:
         width, height: pixels.
-        scaler: interpolation of the scaler.
+        scaler: how the size is reached (`streams/view.py` says what each computes).
         aspect: "stretch" ignores the aspect ratio, "letterbox" keeps it and pads with black.
-        colorimetry: a GStreamer colorimetry to convert to, or None to take the decoder's.
+        colorimetry: the matrix that YUV is read with, or None to take the stream's own.
     """
 
     width: Size
     height: Size
-    scaler: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
-    aspect: Literal["stretch", "letterbox"] = "stretch"
-    colorimetry: str | None = None
+    scaler: Scaler = "bilinear"
+    aspect: Aspect = "stretch"
+    colorimetry: Colorimetry | None = None
 
 
 class Templates(_Part):

@@ -85,14 +85,7 @@ class Session:
 
     def source(self, uri: str, *, realtime: bool = False, fps: float | None = None) -> Source:
         """Open a source scaled and sampled as the bundle's manifest says; a file can play in real time as a camera."""
-        preprocessing = self.bundle.manifest.preprocessing
-        return Source(
-            uri,
-            size=(preprocessing.width, preprocessing.height),
-            aspect=preprocessing.aspect,
-            fps=fps or self.bundle.manifest.sample_fps,
-            pace="realtime" if realtime else "auto",
-        )
+        return self.bundle.source(uri, realtime=realtime, fps=fps)
 
     # -- frames ----------------------------------------------------------------------------------------------------
 
