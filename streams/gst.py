@@ -25,13 +25,13 @@ __all__ = [
     "array_to_buffer",
     "debian_package",
     "first_error",
-    "force_matrix",
     "has_element",
     "launch",
     "load_gst",
     "pixel_aspect",
     "require_elements",
     "sample_to_array",
+    "state_colorimetry",
 ]
 
 # Where Debian, Ubuntu and JetPack put Python packages for their own Python.
@@ -207,26 +207,31 @@ def first_error(bus: Any) -> Any | None:
     return found
 
 
-def force_matrix(setter: Any, matrix: str) -> None:
-    """Make a capssetter say `bt601` or `bt709` of YUV that passes it, and leave the rest of its colorimetry as it is.
+def state_colorimetry(setter: Any, matrix: str | None) -> None:
+    """Make a capssetter write the colorimetry of the YUV that passes it into its caps, where a decoder has not.
 
-    The range above all: a JPEG's is the full one. What is not YUV passes as it is.
+    GStreamer takes what does not say for BT.709 above 576 rows and for BT.601 below, each element for itself: a picture
+    that crosses that height when it is scaled would be converted from one to the other on the way, in 8 bits.
+
+    Args:
+        setter: the element, in a pipeline that has not started.
+        matrix: `bt601` or `bt709` to read it with that one, whatever the stream says. The range stays as it is: a JPEG's
+            is the full one. What is not YUV passes as it is.
     """
     gst = load_gst()
     from gi.repository import GstVideo
 
-    number = int(getattr(GstVideo.VideoColorMatrix, matrix.upper()))
+    forced = None if matrix is None else int(getattr(GstVideo.VideoColorMatrix, matrix.upper()))
 
     def on_event(pad: Any, info: Any) -> Any:
         event = info.get_event()
         if event.type == gst.EventType.CAPS:
-            caps = event.parse_caps()
-            stream = GstVideo.VideoInfo.new_from_caps(caps)
-            colours = stream.colorimetry
+            stream = GstVideo.VideoInfo.new_from_caps(event.parse_caps())
             if stream.finfo.flags & GstVideo.VideoFormatFlags.YUV:
-                rest = f"{int(colours.transfer)}:{int(colours.primaries)}"
-                told = f"video/x-raw,colorimetry=(string){int(colours.range)}:{number}:{rest}"
-                setter.set_property("caps", gst.Caps.from_string(told))
+                own = stream.colorimetry
+                said = (own.range, own.matrix if forced is None else forced, own.transfer, own.primaries)
+                colorimetry = ":".join(str(int(part)) for part in said)
+                setter.set_property("caps", gst.Caps.from_string(f"video/x-raw,colorimetry=(string){colorimetry}"))
         return gst.PadProbeReturn.OK
 
     setter.get_static_pad("sink").add_probe(gst.PadProbeType.EVENT_DOWNSTREAM, on_event)

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from keepsight.streams.errors import UsageError
-from keepsight.streams.gst import force_matrix, has_element, launch, load_gst, require_elements
+from keepsight.streams.gst import has_element, launch, load_gst, require_elements, state_colorimetry
 from keepsight.streams.uri import Option, SourceURI
 from keepsight.streams.view import Colorimetry, Scaler, View
 
@@ -17,7 +17,7 @@ __all__ = ["Delivery", "Recipe", "build", "recipe_for", "recipe_for_pictures"]
 Delivery = Literal["every", "newest", "newest-in-time"]
 
 # Names of the elements that the capture looks up.
-FRAMES, TAP, ORIGIN, DECODER, MATRIX = "frames", "tap", "origin", "decoder", "matrix"
+FRAMES, TAP, ORIGIN, DECODER, COLOURS = "frames", "tap", "origin", "decoder", "colours"
 
 _CSI_DEFAULTS: Mapping[str, Option] = {"width": 1280, "height": 720, "fps": Fraction(30)}
 _RTSP_LATENCY_MS = 200
@@ -31,7 +31,7 @@ class Recipe:
         launch: gst-launch's language. No text of the user's is in it: that would need quoting.
         elements: what must be installed.
         origin: properties to set on the source element.
-        colorimetry: the matrix that the element `MATRIX`, if there is one, makes YUV be read with.
+        colorimetry: the matrix to read YUV with; None for the stream's own.
     """
 
     launch: str
@@ -72,8 +72,7 @@ def build(recipe: Recipe) -> Any:
     origin = pipeline.get_by_name(ORIGIN)
     for name, value in recipe.origin.items():
         origin.set_property(name, value)
-    if recipe.colorimetry is not None:
-        force_matrix(pipeline.get_by_name(MATRIX), recipe.colorimetry)
+    state_colorimetry(pipeline.get_by_name(COLOURS), recipe.colorimetry)
     return pipeline
 
 
@@ -163,7 +162,7 @@ def _decoding() -> tuple[str, tuple[str, ...]]:
 
 
 def _tail(view: View, delivery: Delivery, *, live: bool) -> tuple[str, tuple[str, ...]]:
-    caps, scale, elements = "video/x-raw,format=RGB", "", ["queue", "videoconvert", "videoflip", "appsink"]
+    caps, scale, elements = "video/x-raw,format=RGB", "", ["capssetter", "queue", "videoconvert", "videoflip", "appsink"]
     if view.size is not None and not view.scales_in_software:
         width, height = view.size
         borders = "true" if view.aspect == "letterbox" else "false"
@@ -175,14 +174,11 @@ def _tail(view: View, delivery: Delivery, *, live: bool) -> tuple[str, tuple[str
     # A live source must not queue up behind a machine too slow to scale: its old frames are let go here.
     head = f"queue name={TAP} leaky=downstream max-size-buffers=1 max-size-bytes=0 max-size-time=0 ! videoconvert"
     head = head if live else f"videoconvert name={TAP}"
-    if view.colorimetry is not None:
-        head = f"capssetter name={MATRIX} ! {head}"
-        elements.append("capssetter")
     exact = f"{_EXACT_COLOURS} ! " if view.conversion == "exact" else ""
     sink = f"appsink name={FRAMES} {_SINKS[delivery]}"
     # videoflip turns pictures of a phone held upright; the videoconvert before it is idle unless videoflip does not
     # know the format.
-    launch = f"{head} ! videoflip video-direction=auto ! {scale}{exact}videoconvert ! {caps} ! {sink}"
+    launch = f"capssetter name={COLOURS} ! {head} ! videoflip video-direction=auto ! {scale}{exact}videoconvert ! {caps} ! {sink}"
     return launch, tuple(elements)
 
 

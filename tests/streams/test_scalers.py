@@ -203,6 +203,14 @@ def yuv_clip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return path, "bt709" if height > 576 else "bt601"
 
 
+def test_scaling_does_not_change_the_colours_of_a_video_that_says_nothing_of_them(
+    yuv_clip: tuple[Path, str], gst_run: Callable[[str, Path], Path], tmp_path: Path
+) -> None:
+    path = gst_run(f"filesrc location={yuv_clip[0]} ! y4mdec ! avenc_mpeg4 ! avimux ! filesink name=out", tmp_path / "clip.avi")
+    full, small = (next(Source(path, size=size)).image for size in (None, (32, 32)))
+    assert np.array_equal(full[:32, :32], small)
+
+
 @pytest.mark.parametrize("colorimetry", [None, "bt601", "bt709"])
 @pytest.mark.parametrize("scaler", ["bilinear", "bicubic"])
 def test_yuv_is_read_with_the_matrix_asked_for(yuv_clip: tuple[Path, str], colorimetry: Any, scaler: Scaler) -> None:
