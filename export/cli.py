@@ -17,12 +17,13 @@ from keepsight.streams.errors import MissingComponentError, ParityError, UsageEr
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from rich.table import Table
 
     from keepsight.export.checkpoints import Checkpoint
     from keepsight.export.convert import Conversion
     from keepsight.runtime.backends import Engines
     from keepsight.runtime.bundle import Bundle
-    from keepsight.runtime.parity import Report
+    from keepsight.runtime.parity import PixelParity, Report
 
 QUESTIONS = (
     "what is the color of the shape?",
@@ -146,6 +147,9 @@ def verify(
     ] = None,
     frames: Annotated[int | None, typer.Option(help="Frames to use at most [default: 5 memory lengths].")] = None,
     question: Annotated[list[str] | None, typer.Option(help="To ask; may be given several times.")] = None,
+    pixels: Annotated[
+        bool, typer.Option("--pixels", help="Measure what each scaler, aspect and colorimetry does to the model; needs --clip.")
+    ] = False,
     variant: VariantOption = None,
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
@@ -160,6 +164,7 @@ def verify(
     from keepsight.runtime.parity import write_report
 
     # Hashes are not checked here: the question is what the files compute.
+    _check_pixels(pixels, against, clip, backend)
     opened = Bundle.open(bundle, variant=variant, verify=False)
     with open_engines(opened, backend, cuda_graphs=cuda_graphs) as engines:
         if against is not None and against.suffix == ".npz":
@@ -170,12 +175,31 @@ def verify(
             _need("torch", "onnx", "transformers", "safetensors")
             checkpoint = None if against is None else _open(against, vision, fine_tuned)
             report = _against_source(opened, engines, checkpoint, clip, frames, question or QUESTIONS)
+    if pixels and clip is not None:
+        report.pixels = _compare_pixels(opened, clip, frames, question or QUESTIONS)
     written = write_report(report, out)
     _print_parity(report)
     typer.echo(f"written to {written[0]} and {written[1].name}")
     if not report.passed:
         more = f" ({len(report.failures)} in all)" if len(report.failures) > 1 else ""
         raise ParityError(f"{opened.manifest.name} is not what it was made from: {report.failures[0]}{more}.")
+
+
+def _check_pixels(pixels: bool, against: Path | None, clip: str | None, backend: str) -> None:
+    if pixels and clip is None:
+        raise UsageError("--pixels needs a clip of its own size to scale.", fix="Name a video or pictures: --clip.")
+    if pixels and against is not None and against.suffix == ".npz":
+        raise UsageError("--pixels compares with the reference's pixels, not with a trace.", fix="Leave --against out.")
+    if pixels and backend != "cpu":
+        raise UsageError(f"--pixels runs the bundle on the CPU, not on {backend}.", fix="Leave --backend out.")
+
+
+def _compare_pixels(bundle: Bundle, clip: str, frames: int | None, questions: Sequence[str]) -> list[PixelParity]:
+    from keepsight.export.pixels import compare_pixels
+
+    count = frames or 5 * bundle.manifest.dims.memory_length
+    with _shown() as progress:
+        return compare_pixels(bundle, clip, questions, count=count, progress=progress)
 
 
 def _against_source(
@@ -256,7 +280,22 @@ def _print_parity(report: Report) -> None:
         console.print(f"merge decisions of the {bank} bank that agree: {share:.2%}")
     if report.language is not None:
         console.print(f"next token: KL {report.language.mean_kl:.1e} nats; answers that agree: {report.language.agreement:.0%}")
+    if report.pixels:
+        console.print(_pixel_table(report.pixels))
     console.print("[green]passed[/]" if report.passed else "[bold red]failed[/]")
+
+
+def _pixel_table(pixels: list[PixelParity]) -> Table:
+    from rich.table import Table
+
+    table = Table("frames made by", "mean", "max", "cosine", "least", "merges", "answers", "CPU", title="pixels before the graph")
+    for row in pixels:
+        shares = ("-" if share is None else f"{share:.0%}" for share in (row.merges, row.answers))
+        table.add_row(
+            f"{row.name} (this bundle)" if row.own else row.name, f"{row.mean:.2f}", str(row.largest), f"{row.cosine:.4f}",
+            f"{row.least_cosine:.3f}", *shares, f"{row.cost:.1f}", style="bold" if row.own else None,
+        )  # fmt: skip
+    return table
 
 
 def _open(checkpoint: Path, vision: Path | None, fine_tuned: Path | None) -> Checkpoint:

@@ -249,7 +249,7 @@ def manifest_of(
             n_embd=config.n_embd, memory_length=options.memory_length, text_buckets=_text_buckets(config),
             position_buckets=positions.buckets(options.memory_length + 1),
         ),
-        preprocessing=Preprocessing(width=vision.image_size, height=vision.image_size, scaler="bicubic"),
+        preprocessing=Preprocessing(width=vision.image_size, height=vision.image_size, scaler="bicubic-wrap"),
         sample_fps=options.sample_fps,
         templates=_templates(checkpoint, options),
         decoding=Decoding(max_tokens=256, beams=5, repetition_penalty=1.5),

@@ -47,7 +47,7 @@ from keepsight.runtime.session import load_llm
 from keepsight.runtime.tap import Tap
 from keepsight.streams.errors import CheckpointError, UsageError
 
-__all__ = ["Source", "source_of", "verify"]
+__all__ = ["Source", "greedy_answer", "source_of", "verify"]
 
 _TINY = "keepsight-tiny"
 Arrays = Mapping[str, NDArray[Any]]
@@ -289,10 +289,16 @@ def _compare_answers(bundle: Bundle, llm: LLM, deployed: Arrays, reference: Arra
         told = [_segments(bundle, question, soft) for soft in (reference[question], rows)]
         p, q = (_log_softmax(llm.logits(segments)) for segments in told)
         divergences.append(float((np.exp(p) * (p - q)).sum()))
-        decoding = bundle.manifest.decoding
-        texts = [llm.answer(segments, max_tokens=min(24, decoding.max_tokens), stop=decoding.stop).text for segments in told]
-        answers[question] = (texts[0].strip(), texts[1].strip())
+        theirs, ours = (greedy_answer(bundle, llm, question, soft) for soft in (reference[question], rows))
+        answers[question] = (theirs, ours)
     return LanguageParity(float(np.mean(divergences)), float(np.max(divergences)), answers)
+
+
+def greedy_answer(bundle: Bundle, llm: LLM, question: str, rows: NDArray[np.float32]) -> str:
+    """What the language model says of a soft prompt `[Q, n_embd]`, at most 24 tokens, each the likeliest."""
+    decoding = bundle.manifest.decoding
+    segments = _segments(bundle, question, rows)
+    return llm.answer(segments, max_tokens=min(24, decoding.max_tokens), stop=decoding.stop).text.strip()
 
 
 def _segments(bundle: Bundle, question: str, rows: NDArray[np.float32]) -> list[Segment]:

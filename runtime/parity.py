@@ -24,6 +24,7 @@ __all__ = [
     "GraphParity",
     "LanguageParity",
     "Located",
+    "PixelParity",
     "Report",
     "difference",
     "marks",
@@ -139,6 +140,31 @@ class LanguageParity:
         return sum(a == b for a, b in self.answers.values()) / max(1, len(self.answers))
 
 
+@dataclass(frozen=True)
+class PixelParity:
+    """One way of making frames, against the reference's pixels.
+
+    Attributes:
+        name: of the way.
+        mean, largest: absolute difference of the pixels, in levels of 255.
+        cosine, least_cosine: of the features with those of the reference's pixels, over frames and tokens.
+        merges: share of the visual bank's merge decisions that agree; None where nothing merged.
+        answers: share of the questions whose answers are the same; None without a language model.
+        cost: CPU time of a frame, decoded and scaled, over that of decoding it alone.
+        own: whether it is what the bundle's manifest says.
+    """
+
+    name: str
+    mean: float
+    largest: int
+    cosine: float
+    least_cosine: float
+    merges: float | None
+    answers: float | None
+    cost: float
+    own: bool = False
+
+
 @dataclass
 class Report:
     """What `keepsight verify` measured.
@@ -149,6 +175,7 @@ class Report:
         drift: by number of frames.
         merges: share of merge decisions that agree when both sides are left alone; None where nothing merged.
         language: None for a bundle without a language model.
+        pixels: what ways of making frames do, the reference's first; empty where that was not asked. Shown, not judged.
     """
 
     bundle: str
@@ -158,6 +185,7 @@ class Report:
     drift: list[Drift] = field(default_factory=list)
     merges: dict[str, float] = field(default_factory=dict)
     language: LanguageParity | None = None
+    pixels: list[PixelParity] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -219,6 +247,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0; }
 td, th { padding: .25rem .75rem; text-align: left; border-bottom: 1px solid #ddd; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
+tr.own { font-weight: 600; } .bar { display: inline-block; height: .7rem; background: #b06000; }
 .bad { color: #b00020; font-weight: 600; } .good { color: #1b6e35; }
 """
 
@@ -236,6 +265,7 @@ def _page(report: Report) -> str:
         "<h2>Soft prompt over the stream</h2>" + _drift_plot(report.drift) if report.drift else "",
         _merge_lines(report.merges),
         _language_table(report.language) if report.language is not None else "",
+        _pixel_table(report.pixels) if report.pixels else "",
     ]
     return "\n".join(part for part in parts if part) + "\n"
 
@@ -302,6 +332,27 @@ def _language_table(language: LanguageParity) -> str:
         f"{language.largest_kl:.2e} nats. {language.agreement:.0%} of the answers agree.</p>"
         f"<table><tr><th>question<th>reference<th>bundle</tr>{rows}</table>"
     )
+
+
+def _pixel_table(pixels: list[PixelParity]) -> str:
+    """Ways of making frames; a bar is as long as the features are wrong."""
+    rows = "".join(
+        f"<tr{' class=own' if row.own else ''}><td>{_text(row.name)}{' (this bundle)' if row.own else ''}"
+        f"<td class=number>{row.mean:.2f}<td class=number>{row.largest}<td class=number>{row.cosine:.4f}"
+        f"<td><span class=bar style='width:{200 * min(1.0, max(0.0, 1 - row.cosine)):.1f}px'></span>"
+        f"<td class=number>{row.least_cosine:.3f}<td class=number>{_share(row.merges)}<td class=number>{_share(row.answers)}"
+        f"<td class=number>{row.cost:.1f}</tr>"
+        for row in pixels
+    )
+    head = (
+        "<tr><th>frames made by<th>mean difference, levels<th>largest<th>cosine of features<th>1 - cosine<th>least cosine"
+        "<th>merges that agree<th>answers that agree<th>CPU time, decoding alone = 1</tr>"
+    )
+    return f"<h2>Pixels before the graph</h2><table>{head}{rows}</table>"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _text(value: str) -> str:
