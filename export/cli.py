@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from keepsight.export.checkpoints import Checkpoint
     from keepsight.export.convert import Conversion
+    from keepsight.export.merges import Agreement
     from keepsight.runtime.backends import Engines
     from keepsight.runtime.bundle import Bundle
     from keepsight.runtime.parity import PixelParity, Report
@@ -111,10 +112,16 @@ def _preview(model: Checkpoint, out: Path, options: Conversion, *, json: bool) -
 def quantize(
     bundle: Annotated[str, typer.Argument(help="A bundle's directory; it gets the new variant.")],
     calibrate: Annotated[list[str], typer.Option(help="A video or directory of pictures; may be given several times.")],
-    variant: Annotated[Literal["int8"], typer.Option(help="int8: the visual encoder with explicit Q/DQ.")] = "int8",
+    variant: Annotated[
+        Literal["int8", "fp8"], typer.Option(help="Explicit Q/DQ in int8, or in fp8 for GPUs that have it: Thor, not Orin.")
+    ] = "int8",
+    tool: Annotated[
+        Literal["onnxruntime", "modelopt"],
+        typer.Option("--with", help="What calibrates: ONNX Runtime, or NVIDIA ModelOpt (keepsight[modelopt])."),
+    ] = "onnxruntime",
     frames: Annotated[int, typer.Option(help="Frames to take of each source at most.")] = 128,
     least_cosine: Annotated[
-        float, typer.Option(help="What the features must keep; the first operators stay float32 for it.")
+        float, typer.Option(help="What the features must keep; the first operators stay as they are for it.")
     ] = 0.98,
 ) -> None:
     """Give a bundle a variant whose visual encoder computes in 8 bits. The Q-Former keeps its precision."""
@@ -127,11 +134,22 @@ def quantize(
     opened = Bundle.open(bundle)
     pictures = [picture for source in calibrate for picture in _read_clip(opened, source, frames)]
     with _shown() as progress:
-        done = quantize_vision(opened, pictures, least_cosine=least_cosine, progress=progress)
+        done = quantize_vision(
+            opened, pictures, variant=variant, tool=tool, least_cosine=least_cosine, progress=progress
+        )
     typer.echo(
         f"{variant}: {done.operators[0]} of {done.operators[1]} convolutions and products in 8 bits, cosine {done.cosine:.4f}, "
         f"{done.file_bytes[0] / 1e6:.1f} MB (before: {done.file_bytes[1] / 1e6:.1f})"
     )
+    _print_memory(done.memory, len(pictures))
+
+
+def _print_memory(memory: Agreement, frames: int) -> None:
+    """What 8 bits did to the memory over the calibration frames."""
+    for bank, share in (("visual", memory.visual), ("query", memory.query)):
+        said = "none was due; give more frames to see" if share is None else f"{share:.2%}"
+        typer.echo(f"merge decisions of the {bank} bank that agree over {frames} frames: {said}")
+    typer.echo(f"soft prompt after them: cosine {memory.soft_prompt:.4f}")
 
 
 def verify(
