@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import io
 import re
 import tempfile
@@ -35,14 +34,15 @@ def modelopt_version() -> str:
     Raises:
         MissingComponentError: none is.
     """
-    if importlib.util.find_spec("modelopt") is None:
+    try:
+        return importlib.metadata.version("nvidia-modelopt")
+    except importlib.metadata.PackageNotFoundError as error:
         raise MissingComponentError(
             "NVIDIA ModelOpt is not installed.",
             fix="It wants its own versions of packages, so give it an environment of its own: "
             'python3 -m venv modelopt-env && modelopt-env/bin/pip install "keepsight[modelopt]", '
             "then run modelopt-env/bin/keepsight quantize; or leave out --with modelopt.",
-        )
-    return importlib.metadata.version("nvidia-modelopt")
+        ) from error
 
 
 def quantize_with_modelopt(

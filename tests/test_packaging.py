@@ -142,6 +142,7 @@ def test_a_plain_install_brings_nothing_that_only_export_or_the_tests_need() -> 
         ("test", {"pytest", "ruff", "mypy"}),
         ("tensorrt", {"cuda-bindings"}),
         ("trt-rtx", {"tensorrt-rtx-cu13"}),
+        ("modelopt", {"nvidia-modelopt", "onnx"}),
     ],
 )
 def test_an_extra_brings_what_it_is_for(extra: str, packages: set[str]) -> None:
@@ -151,11 +152,13 @@ def test_an_extra_brings_what_it_is_for(extra: str, packages: set[str]) -> None:
 def test_there_is_no_extra_whose_wheel_would_overwrite_onnxruntime() -> None:
     assert set(importlib.metadata.metadata("keepsight").get_all("Provides-Extra") or []) == {
         "export",
+        "modelopt",
         "test",
         "tiny",
         "tensorrt",
         "trt-rtx",
     }
+    assert "onnxruntime-gpu" not in {package for package, _ in requirements()}
 
 
 @pytest.fixture(scope="module")
