@@ -108,6 +108,15 @@ def test_a_scaler_computes_what_its_kernel_says(
     assert np.quantile(near, 0.98) <= limit and near.mean() < 1.3
 
 
+def test_scalers_that_are_much_alike_are_told_apart(read: Callable[..., np.ndarray]) -> None:
+    """Of noise that nothing overshoots; they differ by less than the tolerance above."""
+    image, size = np.random.default_rng(3).integers(60, 196, (53, 41, 3)).astype(np.uint8), (80, 70)
+    for mine, other in (("lanczos", "bicubic-antialias"), ("bicubic-antialias", "lanczos")):
+        shown = read(image, size=size, scaler=mine)
+        near, far = (np.abs(shown - slow(image, name, size)).mean() for name in (mine, other))
+        assert near < 0.9 * far
+
+
 @pytest.mark.parametrize("suffix", [".png", ".mp4"])
 def test_pictures_and_videos_get_the_scaler_that_arrays_get(
     tmp_path: Path, save_image: Callable[[Path, np.ndarray], Path], read: Callable[..., np.ndarray], suffix: str
@@ -224,11 +233,16 @@ def test_yuv_is_read_with_the_matrix_asked_for(yuv_clip: tuple[Path, str], color
 
 
 def test_the_full_range_of_a_jpeg_survives_another_matrix(
-    tmp_path: Path, save_image: Callable[[Path, np.ndarray], Path]
+    tmp_path: Path, save_image: Callable[[Path, np.ndarray], Path], gst_run: Callable[[str, Path], Path]
 ) -> None:
-    grey = np.full((64, 64, 3), 250, np.uint8)
+    grey = save_image(tmp_path / "grey.png", np.full((64, 64, 3), 250, np.uint8))
+    path = gst_run(
+        f"filesrc location={grey} ! pngdec ! videoconvert ! video/x-raw,format=I420,colorimetry=(string)1:4:0:0 "
+        "! jpegenc quality=100 ! filesink name=out",
+        tmp_path / "grey.jpg",
+    )
     for colorimetry in (None, "bt601", "bt709"):
-        image = next(Source(save_image(tmp_path / "grey.jpg", grey), colorimetry=colorimetry)).image  # type: ignore[arg-type]
+        image = next(Source(path, colorimetry=colorimetry)).image  # type: ignore[arg-type]
         assert np.abs(image.astype(int) - 250).max() <= 2
 
 
