@@ -32,12 +32,13 @@ from keepsight.runtime.backends import Engines, open_engines
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.llm import LLM, Segment, render
 from keepsight.runtime.parity import (
+    GRAPH_LIMITS,
+    PROMPT_LIMITS,
     Drift,
     GraphParity,
     LanguageParity,
     Report,
     difference,
-    limits_of,
     marks,
 )
 from keepsight.runtime.qformer import QFormer as DeployedQFormer
@@ -196,7 +197,7 @@ def _text_ids(bundle: Bundle, question: str) -> list[int]:
 
 def _compare_graphs(bundle: Bundle, source: Source, watched: _Watched, tell: Progress) -> dict[str, GraphParity]:
     results = {}
-    limit = limits_of(bundle.variant).graph
+    limit = GRAPH_LIMITS[bundle.variant]
     with tempfile.TemporaryDirectory() as folder:
         _export_anew(bundle, source, Path(folder))
         for index, (name, (feeds, outputs)) in enumerate(watched.runs.items()):
@@ -243,7 +244,7 @@ def _compare_streams(
     manifest, questions = bundle.manifest, list(watched.text_ids)
     loops = {question: PlainLoop(source.qformer, manifest, watched.text_ids[question]) for question in questions}
     forced = PlainLoop(source.qformer, manifest, watched.text_ids[questions[0]])
-    limit = limits_of(bundle.variant).prompt
+    limit = PROMPT_LIMITS[bundle.variant]
     told_at = marks(manifest.dims.memory_length, len(frames))
     agreed: dict[str, list[bool]] = {"visual": [], "query": []}
     said: dict[str, Said] = {}

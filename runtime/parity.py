@@ -16,48 +16,28 @@ from numpy.typing import NDArray
 from keepsight.streams.errors import UsageError
 
 __all__ = [
+    "GRAPH_LIMITS",
+    "PROMPT_LIMITS",
     "ChangedWeight",
     "Difference",
     "Drift",
     "GraphParity",
     "LanguageParity",
-    "Limits",
     "Located",
     "PixelParity",
     "Report",
     "difference",
-    "limits_of",
     "marks",
     "write_report",
 ]
 
-@dataclass(frozen=True)
-class Limits:
-    """Largest difference in the units of `Difference`: of one graph, and of the soft prompt after a stream."""
-
-    graph: float
-    prompt: float
-
-
-# Float16 rounds at 5e-4 where float32 does at 6e-8, and errors of some dozen layers add up.
-_LIMITS = {"fp32": Limits(1e-4, 1e-3), "fp16": Limits(2e-2, 5e-2)}
+GRAPH_LIMITS = {"fp32": 1e-4, "fp16": 2e-2}
+PROMPT_LIMITS = {"fp32": 1e-3, "fp16": 5e-2}
+"""Largest difference by precision, in the units of `Difference`: of one graph, and of the soft prompt. Float16 rounds at 5e-4
+where float32 does at 6e-8, and errors of some dozen layers add up.
+"""
 
 JSON_FILE, PAGE_FILE = "parity.json", "parity.html"
-
-
-def limits_of(variant: str) -> Limits:
-    """What a precision may differ by.
-
-    Raises:
-        UsageError: a variant in 8 bits. Another arithmetic of the same Q/DQ rounds other values up, and one step in 8 bits is
-            large: no bound on single values would tell a good engine from a bad one.
-    """
-    if variant not in _LIMITS:
-        raise UsageError(
-            f"a graph in {variant} is not compared value by value.",
-            fix="`keepsight quantize` prints what 8 bits cost; compare accuracies with `keepsight eval --variant`.",
-        )
-    return _LIMITS[variant]
 
 
 def marks(length: int, frames: int) -> list[int]:

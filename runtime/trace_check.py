@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from keepsight.runtime.backends import Engines
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.parity import Drift, GraphParity, Report, difference, limits_of, marks
+from keepsight.runtime.parity import GRAPH_LIMITS, PROMPT_LIMITS, Drift, GraphParity, Report, difference, marks
 from keepsight.runtime.qformer import QFormer, StandingQuestion
 from keepsight.streams import Frame
 from keepsight.streams.errors import UsageError
@@ -69,12 +69,11 @@ def check_trace(
             f"{against} is of features {list(shapes[0])} and soft prompts {list(shapes[1])}, not of {bundle.manifest.name}.",
             fix="Give the bundle that it was made with.",
         )
-    limits = limits_of(bundle.variant)
-    limit = limits.prompt
+    limit = PROMPT_LIMITS[bundle.variant]
     report = Report(bundle.manifest.name, against, f"{count} frames of the trace")
     qformer = QFormer(bundle, engines=engines)
     if frames is not None:
-        report.graphs["vision"] = _vision(qformer, trace, frames, limits.graph)
+        report.graphs["vision"] = _vision(qformer, trace, frames, GRAPH_LIMITS[bundle.variant])
     forced, _ = _run(qformer, trace, forced=True)
     free, merges = _run(qformer, trace, forced=False)
     for mark in marks(dims.memory_length, count):

@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
 from keepsight.runtime.memory import MemoryBank
-from keepsight.runtime.parity import limits_of
 from keepsight.runtime.trace_check import check_trace, read_trace
 from keepsight.streams.errors import ParityError, UsageError
 
@@ -89,9 +88,3 @@ def test_a_forced_merge_is_the_one_that_is_made() -> None:
     assert bank.last_merge.tolist() == [[2, 0]] and sizes[0, :, 0].tolist() == [1, 1, 2] and sizes[0, :, 1].tolist() == [2, 1, 1]
     assert np.allclose(after[0, 2, 0], (before[2, 0] + before[3, 0]) / 2, atol=1e-6)
     assert np.allclose(after[0, 0, 1], (before[0, 1] + before[1, 1]) / 2, atol=1e-6)
-
-
-@pytest.mark.parametrize("variant", ["int8", "fp8"])
-def test_eight_bits_are_refused_with_what_does_compare_them(variant: str) -> None:
-    with pytest.raises(UsageError, match=rf"in {variant} is not compared value by value.*keepsight quantize.*keepsight eval"):
-        limits_of(variant)
