@@ -111,10 +111,15 @@ def verify(
     backend than the CPU; they are closed when done.
 
     Raises:
-        UsageError: no frames, or no question.
+        UsageError: no frames, or no question; or a variant in 8 bits, which rounds what it was made from.
     """
     if not len(frames) or not questions:
         raise UsageError("verifying needs at least one frame and one question.")
+    if bundle.precision("vision") not in PROMPT_LIMITS:
+        raise UsageError(
+            f"vision of the variant {bundle.variant} is no conversion of the source, but rounds it to 8 bits.",
+            fix=f"Verify the variant {bundle.manifest.variants[0]}; what 8 bits change is told by keepsight quantize.",
+        )
     tell = progress or (lambda what, done, total: None)
     report = Report(bundle.manifest.name, source.name, clip)
     with open_engines(bundle) if engines is None else engines as opened:

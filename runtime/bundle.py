@@ -92,6 +92,15 @@ class Bundle:
             pace="realtime" if realtime else "auto",
         )
 
+    def precision(self, name: str) -> str:
+        """What a graph computes in: fp32, fp16, int8 or fp8. A variant with vision in 8 bits has the other graphs of the first.
+
+        Raises:
+            UsageError: a graph that this bundle does not have.
+        """
+        file = self.graph_path(name)
+        return next(variant for variant in self.manifest.variants if self.graph_path(name, variant) == file)
+
     @cached_property
     def tokenizer(self) -> TextTokenizer | None:
         """The Q-Former's tokenizer, loaded when first asked for; None for a Q-Former without text."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from keepsight.runtime.backends import Engines, open_engines
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.parity import GRAPH_LIMITS, GraphParity, Report, difference
+from keepsight.runtime.parity import GraphParity, Report, graph_difference
 from keepsight.runtime.qformer import QFormer
 from keepsight.runtime.tap import Arrays, Tap
 from keepsight.runtime.trace import record
@@ -45,8 +45,8 @@ def check_engines(
 def _compare(bundle: Bundle, engines: Engines, name: str, tap: Tap) -> GraphParity:
     feeds, wanted = _newest(tap)
     outputs = engines[name].run(feeds)
-    limit = GRAPH_LIMITS[bundle.variant]
-    return GraphParity({output: difference(value, wanted[output], limit) for output, value in outputs.items()})
+    precision = bundle.precision(name)
+    return GraphParity({output: graph_difference(value, wanted[output], precision) for output, value in outputs.items()})
 
 
 def _newest(tap: Tap) -> tuple[Arrays, Arrays]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from keepsight.runtime.backends import Engines
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.parity import GRAPH_LIMITS, PROMPT_LIMITS, Drift, GraphParity, Report, difference, marks
+from keepsight.runtime.parity import PROMPT_LIMITS, Drift, GraphParity, Report, difference, graph_difference, marks
 from keepsight.runtime.qformer import QFormer, StandingQuestion
 from keepsight.streams import Frame
 from keepsight.streams.errors import UsageError
@@ -69,11 +69,11 @@ def check_trace(
             f"{against} is of features {list(shapes[0])} and soft prompts {list(shapes[1])}, not of {bundle.manifest.name}.",
             fix="Give the bundle that it was made with.",
         )
-    limit = PROMPT_LIMITS[bundle.variant]
+    limit = PROMPT_LIMITS[bundle.precision("step")]
     report = Report(bundle.manifest.name, against, f"{count} frames of the trace")
     qformer = QFormer(bundle, engines=engines)
     if frames is not None:
-        report.graphs["vision"] = _vision(qformer, trace, frames, GRAPH_LIMITS[bundle.variant])
+        report.graphs["vision"] = _vision(qformer, trace, frames)
     forced, _ = _run(qformer, trace, forced=True)
     free, merges = _run(qformer, trace, forced=False)
     for mark in marks(dims.memory_length, count):
@@ -89,11 +89,12 @@ def check_trace(
     return report
 
 
-def _vision(qformer: QFormer, trace: Arrays, frames: Iterable[Frame], limit: float) -> GraphParity:
+def _vision(qformer: QFormer, trace: Arrays, frames: Iterable[Frame]) -> GraphParity:
     features = np.stack([np.asarray(qformer.encode(frame.image[None])[0]) for frame in frames])
     if len(features) != len(trace["features"]):
         raise UsageError(f"the source has {len(features)} frames, the trace {len(trace['features'])}.", fix="Give its source.")
-    return GraphParity({"features": difference(features, trace["features"], limit)})
+    precision = qformer.bundle.precision("vision")
+    return GraphParity({"features": graph_difference(features, trace["features"], precision)})
 
 
 def _run(qformer: QFormer, trace: Arrays, *, forced: bool) -> tuple[NDArray[np.float32], dict[str, NDArray[np.int32]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -231,6 +232,39 @@ def test_weights_too_large_for_the_graphs_file_get_their_own(
     assert done.file_bytes[0] == sum(file.stat().st_size for file in files) and files[0].stat().st_size < 100_000
     a, b = (features(tmp_path / folder / files[0].name, frames[:1]) for folder in ("plain", "large"))
     np.testing.assert_array_equal(a, b)
+
+
+def test_verify_compares_8_bits_with_8_bits(tmp_path: Path) -> None:
+    folder, other = (make_bundle(tmp_path / name, seed=seed) for seed, name in enumerate(("bundle", "other")))
+    np.save(tmp_path / "frames.npy", random_frames(12))
+    for path in (folder, other):
+        quantize_vision(Bundle.open(path), random_frames(12), variant="int8", least_cosine=0.9)
+    trace = str(tmp_path / "trace.npz")
+    arguments = ["--variant", "int8", "--out"]
+    asked = ["trace", str(folder), str(tmp_path / "frames.npy"), "--question", "what was there first?", *arguments, trace]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    against = ["--against", trace, "--clip", str(tmp_path / "frames.npy"), *arguments, str(tmp_path)]
+    result = CliRunner().invoke(app, ["verify", str(folder), *against])
+    assert result.exit_code == 0, result.output
+    failed = CliRunner().invoke(app, ["verify", str(other), *against])
+    assert isinstance(failed.exception, ParityError) and "vision: features differs by" in str(failed.exception)
+    assert re.search(r"cosine -?0\.\d+ \(limit 0\.95\)", str(failed.exception))
+
+
+def test_only_what_changed_is_in_8_bits(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    quantize_vision(Bundle.open(tmp_path), random_frames(12), least_cosine=0.9)
+    bundle = Bundle.open(tmp_path, variant="int8")
+    assert {name: bundle.precision(name) for name in bundle.manifest.graphs} == {
+        name: "int8" if name == "vision" else "fp32" for name in bundle.manifest.graphs
+    }
+
+
+def test_a_source_is_no_reference_for_8_bits(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(Bundle.open("tiny").path, tmp_path / "bundle"))
+    quantize_vision(Bundle.open(folder), random_frames(2, size=224), variant="fp8", least_cosine=0.5)
+    with pytest.raises(UsageError, match=r"vision of the variant fp8 is no conversion of the source.* Verify the variant fp32"):
+        CliRunner().invoke(app, ["verify", str(folder), "--variant", "fp8", "--out", str(tmp_path)], catch_exceptions=False)
 
 
 # NVIDIA ModelOpt.
