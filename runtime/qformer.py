@@ -7,13 +7,16 @@ reading, so that a question between two frames sees what the reference would see
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from keepsight.runtime.backends import Engines, open_engines
+from keepsight.runtime.bank_state import RIDER, rows_in_order
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.engine import Tensor, check_finite
 from keepsight.runtime.memory import MemoryBank, Policy, Rider
@@ -71,14 +74,7 @@ class QFormer:
         dims = bundle.manifest.dims
         self.dims = dims
         self._engines = open_engines(bundle, threads=threads) if engines is None else engines
-        crosses = len(dims.cross_layers)
-        self.bank = MemoryBank(
-            length=dims.memory_length,
-            tokens=dims.tokens,
-            channels=dims.channels,
-            riders={name: Rider(crosses, dims.hidden) for name in ("cross_k", "cross_v")},
-            policy=memory,
-        )
+        self.bank = self._empty_bank()
         self._positions = position_policy(bundle.manifest)
         self._visual: dict[str, Tensor] = {}
 
@@ -100,6 +96,30 @@ class QFormer:
         check_finite("vision", {"features": banked})
         self.bank.append(banked, time_s=time_s, riders=riders)
         self._visual = {}
+
+    def bank_state(self, *, kv: bool) -> dict[str, NDArray[Any]]:
+        """The visual bank's state; without keys and values `restore_bank` computes them again."""
+        return self.bank.state(riders=kv)
+
+    def restore_bank(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Restore the visual bank; keys and values that the state lacks are computed from its features.
+
+        A merged key is the same mean of keys as its feature is of features, and a key is an affine image of a feature: so they
+        are equal but for rounding.
+
+        Raises:
+            UsageError: it is no state of this bank, which is then unchanged.
+        """
+        kv = any(name.startswith(RIDER) for name in state)
+        self.bank.check_state(state, riders=kv)
+        self.bank.restore(state if kv else {**state, **self._riders_of(state["features"])})
+        self._visual = {}
+
+    def with_empty_bank(self) -> QFormer:
+        """The same graphs over a visual bank of its own, for a replay over other frames. Close the first one alone."""
+        other = copy.copy(self)
+        other.bank, other._visual = self._empty_bank(), {}
+        return other
 
     def prompt(self, text: str) -> Prompt:
         """Prepare a question (already in the Q-Former's template).
@@ -164,6 +184,24 @@ class QFormer:
         """Give the engines back."""
         self._engines.close()
 
+    def _empty_bank(self) -> MemoryBank:
+        dims = self.dims
+        crosses = len(dims.cross_layers)
+        return MemoryBank(
+            length=dims.memory_length,
+            tokens=dims.tokens,
+            channels=dims.channels,
+            riders={name: Rider(crosses, dims.hidden) for name in ("cross_k", "cross_v")},
+            policy=self.policy,
+        )
+
+    def _riders_of(self, features: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Keys and values `[X, used, N, H]` of banked features `[1, used, N, C]`, one slot at a time as they first came."""
+        if not features.shape[1]:
+            return {RIDER + name: values[:, :0] for name, values in self.bank.riders.items()}
+        runs = [self._engines["visual_kv"].run({"features": rows}) for rows in features[0]]
+        return {RIDER + name: np.stack([run[name] for run in runs], axis=1) for name in self.bank.riders}
+
     def _check_not_empty(self) -> None:
         if not self.bank.used:
             raise UsageError("Nothing has been seen yet.", fix="Ask after the first frame.")
@@ -200,6 +238,26 @@ class StandingQuestion:
         self.bank.append(
             outputs["rows"], time_s=time_s, riders={"self_k": outputs["row_k"], "self_v": outputs["row_v"]}
         )
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """The query bank, keys and values always included: no graph makes them of banked rows. Take it after a `step`."""
+        return self.bank.state()
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from a state, over the visual bank of the same moment (restore that first).
+
+        The newest frame's rows are those of the newest slots: a bank makes room only before its next reading.
+
+        Raises:
+            UsageError: it is no state of this question's bank, which is then unchanged.
+        """
+        self.bank.restore(state)
+        self._newest, self._visual = None, {}
+        if self.bank.used:
+            arrays = {"rows": self.bank.features, "row_k": self.bank.riders["self_k"], "row_v": self.bank.riders["self_v"]}
+            newest = self.bank.order[:, -1:]
+            self._newest = {name: rows_in_order(array, newest)[:, 0] for name, array in arrays.items()}
+            self._visual = self._qformer.visual_inputs()
 
     def answer(self) -> SoftPrompt:
         """The last layer for the newest frame.
