@@ -428,7 +428,7 @@ class FeatureLog:
 
 def _opened(path: Path, mode: Literal["ab", "xb"]) -> BinaryIO:
     """Unbuffered, so that a record is with the operating system once it is written. Held open from one record to the next."""
-    return cast(BinaryIO, open(path, mode, buffering=0))  # noqa: SIM115
+    return cast(BinaryIO, open(path, mode, buffering=0))
 
 
 def _write_all(file: BinaryIO, content: bytes) -> None:
