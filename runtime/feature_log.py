@@ -1,7 +1,7 @@
 """The far past on disk: float16 features every k seconds, in a folder that never outgrows its budget.
 
 A memory bank keeps a bounded summary of everything; the log keeps every k-th second of the last hours or days as it was, so
-that an exact bank of any interval in it can be built again. At full size (N=257, C=1408) a record is 723,776 bytes: 1 GB
+that an exact bank of any interval in it can be built again. At full size (N=257, C=1408) a record is 723,752 bytes: 1 GB
 (10^9 bytes) holds 1,381 records, which are 3.8 hours at one every 10 seconds; 24 hours take 6.3 GB.
 
 The folder holds segments, `000000000000.features` and so on, which are only appended to; the oldest is deleted to make room.
@@ -12,7 +12,7 @@ segment:  16 magic | 4 version | 4 bytes of header | header: JSON | 16 checksum 
 record:    8 time_s float64 | 8 wall time float64 | 8 index int64 | N*C float16 | 16 checksum of all before
 ```
 
-Numbers are little-endian; checksums are BLAKE2b of 16 bytes.
+Numbers are little-endian; checksums are BLAKE2b of 16 bytes; a segment's header keeps its form in every version.
 
 What a crash costs. A record is handed to the operating system with one write, so a killed process (kill -9) loses at most the
 record that it was writing. A power cut also loses what the system had not yet written: the log is synced when a segment is full
@@ -130,7 +130,11 @@ class FeatureLog:
             self._segments = self._open_segments(writable)
             self._newest = self._last_record()
         except OSError as error:
+            self.close()
             raise self._failed("can't be opened", error) from error
+        except SnapshotError:
+            self.close()
+            raise
 
     # -- what is in it ---------------------------------------------------------------------------------------------
 
@@ -337,14 +341,10 @@ class FeatureLog:
             start = file.read(_START.size)
             if len(start) == _START.size:
                 magic, version, length = _START.unpack(start)
-                if magic == MAGIC and version > VERSION:
-                    raise SnapshotError(
-                        f"{path} is of version {version}, this Keepsight reads up to {VERSION}.", fix="Use a newer one."
-                    )
                 # Read before it is checked: a damaged length must not ask for gigabytes.
                 text = file.read(min(length, 1 << 16))
                 if magic == MAGIC and file.read(_CHECKSUM_BYTES) == checksum(start + text):
-                    self._check_belongs_here(path, json.loads(text))
+                    self._check_belongs_here(path, version, text)
                     return len(start) + len(text) + _CHECKSUM_BYTES
         if may_be_torn and path.stat().st_size < len(self._header) + self.record_bytes:
             return None
@@ -352,7 +352,12 @@ class FeatureLog:
             f"{path} is damaged: the checksum of its header is wrong.", fix="Delete this one file; the others stay."
         )
 
-    def _check_belongs_here(self, path: Path, theirs: dict[str, Any]) -> None:
+    def _check_belongs_here(self, path: Path, version: int, text: bytes) -> None:
+        if version > VERSION:
+            raise SnapshotError(
+                f"{path} is of version {version}, this Keepsight reads up to {VERSION}.", fix="Use the Keepsight that wrote it."
+            )
+        theirs = json.loads(text)
         mine = json.loads(self._header[_START.size : -_CHECKSUM_BYTES])
         if theirs["fingerprint"] != mine["fingerprint"]:
             raise SnapshotError(

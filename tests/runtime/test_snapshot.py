@@ -135,7 +135,7 @@ def test_without_keys_and_values_answers_are_equal_but_for_rounding(bundle: Bund
             assert np.abs(np.where(shown, values - theirs, 0)).max() < KV_TOLERANCE * np.abs(values).max()
         for ask, asked in ((whole.standing[0], restored.standing[0]), (OTHER, OTHER)):
             difference = np.abs(whole.perceive(ask).rows - restored.perceive(asked).rows).max()
-            assert 0 < np.abs(whole.perceive(ask).rows).max() and difference < 1e-4
+            assert np.abs(whole.perceive(ask).rows).max() > 0 and difference < 1e-4
 
 
 @pytest.mark.parametrize(("tokens", "count", "length"), [(257, 24, 10), (2, 5000, 20)])
