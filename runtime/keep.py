@@ -56,13 +56,13 @@ def kept(
         yield
 
 
-def ask_saved(session: Session, path: str, question: str, *, prompt: str | None, mode: Mode) -> str | Standing:
+def ask_saved(session: Session, saved: Snapshot, question: str, *, prompt: str | None, mode: Mode) -> str | Standing:
     """Restore a snapshot, say from when it is, and return what to ask `session`.
 
     In the mode `standing` that is the standing question of these words, if the snapshot carries one; else the words.
     """
-    saved = session.restore(path)
-    typer.echo(f"{path}: {_described(saved)}", err=True)
+    session.restore(saved)
+    typer.echo(_described(saved), err=True)
     carried = [one for one in session.standing if (one.prompt if prompt is not None else one.question) == question]
     return carried[0] if carried and mode == "standing" else question
 

@@ -189,7 +189,8 @@ def test_every_flipped_bit_is_noticed(bundle: Bundle, tmp_path: Path) -> None:
         damaged = bytearray(content)
         damaged[place] ^= 16
         path.write_bytes(damaged)
-        with pytest.raises(SnapshotError, match=r"damaged: the checksum of (its header|record \d)"), opened(tmp_path, bundle) as log:
+        says = r"damaged: the checksum of (its header|record \d)"
+        with pytest.raises(SnapshotError, match=says), opened(tmp_path, bundle) as log:
             list(log.read())
 
 
@@ -357,7 +358,9 @@ def test_a_time_that_is_not_in_the_log_is_told(bundle: Bundle, tmp_path: Path) -
             session.recall(log, 5.0, 9.0)
 
 
-def test_a_log_that_fails_is_reported_and_the_stream_goes_on(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_fails_is_reported_and_the_stream_goes_on(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
