@@ -20,6 +20,7 @@ from keepsight.runtime.options import (
     MemoryName,
     MemoryOption,
     ModeName,
+    ScoreOption,
     ThreadsOption,
     VariantOption,
 )
@@ -65,6 +66,10 @@ def ask(
         ModeName, typer.Option(help="standing: carried along from the first frame; replay: asked at the end.")
     ] = "standing",
     prompt: Annotated[str | None, typer.Option(help="Replaces both templates; goes verbatim to both tokenizers.")] = None,
+    options: Annotated[
+        str | None, typer.Option(help="Answers to choose from, such as 'red,green,blue'; prints the probability of each.")
+    ] = None,
+    score: ScoreOption = "answer",
     variant: VariantOption = None,
     memory: MemoryOption = "mbc",
     backend: BackendOption = "cpu",
@@ -76,11 +81,16 @@ def ask(
     from keepsight.runtime.watch import watch_until
 
     question = _one_of(question, prompt)
+    choices = None if options is None else _choices(options)
     _refuse_missing(source)
     with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
         put = session.stand(question, prompt=prompt) if mode == "standing" else question
         with session.source(source) as frames:
             watch_until(session, frames, until_s=seconds if frames.is_live else when)
+        if choices is not None:
+            ranking = session.rank(put, choices, prompt=prompt, score=score)
+            _print_json(ranking.as_dict()) if as_json else typer.echo(str(ranking))
+            return
         answers = session.ask(put, prompt=prompt)
         if as_json:
             _print_json(answers.result.as_dict())
@@ -215,6 +225,13 @@ def _one_of(question: str | None, prompt: str | None) -> str:
     if (question is None) == (prompt is None):
         raise UsageError("Give a question or --prompt, one of them.")
     return cast(str, question if prompt is None else prompt)
+
+
+def _choices(options: str) -> tuple[str, ...]:
+    """The answers between the commas, refused before a model is loaded if they make no sense."""
+    from keepsight.runtime.ranking import checked_options
+
+    return checked_options([option.strip() for option in options.split(",")])
 
 
 def _refuse_missing(source: str) -> None:

@@ -13,10 +13,11 @@ from types import TracebackType
 from keepsight.runtime.answer import Answer, AnswerStream, LatencyTrace, Mode
 from keepsight.runtime.backends import Engines
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.llm import LLM, Segment, render, verbatim
+from keepsight.runtime.llm import LLM, Score, Segment, render, verbatim
 from keepsight.runtime.llm import Answer as Written
 from keepsight.runtime.memory import Policy
 from keepsight.runtime.qformer import QFormer, SoftPrompt, StandingQuestion
+from keepsight.runtime.ranking import Ranking, checked_options
 from keepsight.streams import Frame, Source
 from keepsight.streams.errors import BundleError, EngineError, NoFrameError, UsageError
 
@@ -196,6 +197,45 @@ class Session:
             return Answer(written.text.strip(), text, mode, frame.time_s, frames_seen, written.finish, trace)
 
         return AnswerStream(generation, finish)
+
+    def rank(
+        self, question: str | Standing, options: Sequence[str], *, prompt: str | None = None, score: Score = "answer"
+    ) -> Ranking:
+        """Choose among given answers, now: by replay for a text, from what it has carried along for a `Standing`.
+
+        Args:
+            options: each as it would be answered.
+            score: what the options are ranked by: `answer`, each as the whole answer; `prefix`, as LAVIS ranks candidates,
+                where an option can't lose to one that it is the beginning of; `mean`, per token (`LLM.rank`).
+
+        Raises:
+            UsageError: nothing has been seen yet; the question is empty or too long; no option, an empty one, or one twice.
+            BundleError: the bundle has no language model.
+        """
+        asked = perf_counter()
+        options, llm = checked_options(options), self.llm
+        with self._memory_lock:
+            began = perf_counter()
+            soft, text, mode, prompt = self._perceive(question, prompt)
+            perceived = perf_counter()
+            frame, cost, frames_seen = self._newest, self._cost, self.frames_seen
+        assert frame is not None
+        age_ms = 1000 * (time.monotonic() - (perf_counter() - asked) - frame.captured_at)
+        ranked = llm.rank(self._segments(text, prompt, soft), options, score=score)
+        scored = perf_counter()
+        trace = LatencyTrace(
+            capture_age_ms=age_ms,
+            vision_ms=cost.vision_ms,
+            memory_ms=cost.memory_ms,
+            qformer_ms=1000 * (perceived - began),
+            step_ms=cost.step_ms if mode == "standing" else 0.0,
+            prefill_ms=1000 * (scored - perceived),
+            first_token_ms=1000 * (scored - asked),
+            total_ms=1000 * (scored - asked),
+            tokens=0,
+            tokens_per_s=0.0,
+        )
+        return Ranking(tuple(ranked), score, text, mode, frame.time_s, frames_seen, trace)
 
     def perceive(self, question: str | Standing, *, prompt: str | None = None) -> SoftPrompt:
         """The Q-Former's part of an answer alone, without the language model."""
