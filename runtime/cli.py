@@ -89,7 +89,7 @@ def ask(
             watch_until(session, frames, until_s=seconds if frames.is_live else when)
         if choices is not None:
             ranking = session.rank(put, choices, prompt=prompt, score=score)
-            _print_json(ranking.as_dict()) if as_json else typer.echo(str(ranking))
+            typer.echo(json.dumps(ranking.as_dict(), ensure_ascii=False) if as_json else str(ranking))
             return
         answers = session.ask(put, prompt=prompt)
         if as_json:
@@ -117,6 +117,49 @@ def run(
     _refuse_missing(source)
     with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
         converse(session, source)
+
+
+@app.command()
+def watch(
+    source: Annotated[str, typer.Argument(help="A camera, a stream, or a file, of which every frame is seen.")],
+    question: Annotated[
+        list[str], typer.Option(help="What to ask; may be given several times. With answers to choose from: 'fire? [yes|no]'.")
+    ],
+    every: Annotated[float, typer.Option(min=0, help="Seconds of the stream between two answers; 0 = every frame.")] = 1.0,
+    seconds: Annotated[float | None, typer.Option(help="Stop when the stream reaches this second.")] = None,
+    realtime: Annotated[bool, typer.Option("--realtime", help="Let a file play as a camera.")] = False,
+    score: ScoreOption = "answer",
+    bundle: BundleOption = "tiny",
+    variant: VariantOption = None,
+    memory: MemoryOption = "mbc",
+    backend: BackendOption = "cpu",
+    cuda_graphs: GraphsOption = True,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Carry questions along and print an answer whenever it changes; Ctrl-C leaves with a summary."""
+    from keepsight.runtime.standing import StandingQuestions, follow_camera, follow_file, parse_question
+
+    asked = [parse_question(spelling) for spelling in question]
+    _refuse_missing(source)
+    with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
+        standing = StandingQuestions(
+            session, asked, lambda change: typer.echo(json.dumps(change.as_dict(), ensure_ascii=False) if as_json else change),
+            every_s=every, score=score,
+        )  # fmt: skip
+        frames = session.source(source)
+        try:
+            if realtime or frames.is_live:
+                follow_camera(standing, source, until_s=seconds)
+            else:
+                with frames:
+                    follow_file(standing, frames, until_s=seconds)
+        except KeyboardInterrupt:
+            typer.echo(err=True)
+        if as_json:
+            _print_json(standing.summary.as_dict())
+        else:
+            typer.echo(str(standing.summary), err=True)
 
 
 @app.command("eval")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from types import TracebackType
 
@@ -119,6 +119,11 @@ class Session:
     @property
     def frames_seen(self) -> int:
         return self._qformer.bank.frames_seen
+
+    @property
+    def newest(self) -> Frame | None:
+        """The newest frame; None before the first."""
+        return self._newest
 
     @property
     def time_s(self) -> float:
@@ -314,6 +319,11 @@ class Watcher:
     def running(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the source has come to its end without an error."""
+        return not self.running and self._error is None
+
     def wait(self, frames: int = 1, timeout_s: float = 10.0) -> None:
         """Wait until the session has seen so many frames.
 
@@ -364,7 +374,7 @@ class Watcher:
     def _run(self) -> None:
         try:
             with self.source:
-                for frame in self.source:
+                for frame in continued(self.source, self._session.newest):
                     self._session.see(frame)
                     if self._on_frame is not None:
                         self._on_frame(frame)
@@ -377,6 +387,22 @@ class Watcher:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
+
+
+def continued(frames: Iterable[Frame], before: Frame | None) -> Iterator[Frame]:
+    """Frames of a source that was opened again: their times go on from `before` by the clock that both were captured by.
+
+    Args:
+        before: the newest frame of the stream so far; None leaves all times as they are.
+    """
+    shift_s: float | None = None
+    for frame in frames:
+        if before is None:
+            yield frame
+            continue
+        if shift_s is None:
+            shift_s = before.time_s + max(0.0, frame.captured_at - before.captured_at) - frame.time_s
+        yield replace(frame, time_s=frame.time_s + shift_s)
 
 
 def load_llm(bundle: Bundle, threads: int | None = None) -> LLM:
