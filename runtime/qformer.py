@@ -17,6 +17,7 @@ from keepsight.runtime.backends import Engines, open_engines
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.engine import Tensor, check_finite
 from keepsight.runtime.memory import MemoryBank, Policy, Rider
+from keepsight.runtime.position_table import position_table
 from keepsight.runtime.positions import position_policy, ranks, step_mask
 from keepsight.streams.errors import BundleError, UsageError
 
@@ -80,6 +81,7 @@ class QFormer:
             policy=memory,
         )
         self._positions = position_policy(bundle.manifest)
+        self._table = position_table(bundle)
         self._visual: dict[str, Tensor] = {}
 
     def encode(self, images: NDArray[np.uint8]) -> Tensor:
@@ -94,7 +96,10 @@ class QFormer:
 
         Raises:
             EngineError: features that are not finite, or that a later frame has overwritten.
+            UsageError: the stream is longer than the bundle's table of positions, if it has one.
         """
+        if self._table is not None:
+            features = self._table.added(features, self.bank.frames_seen)
         riders = self._engines["visual_kv"].run({"features": features})
         banked = np.asarray(features)
         check_finite("vision", {"features": banked})
