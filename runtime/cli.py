@@ -17,9 +17,10 @@ from keepsight.runtime.options import (
     BundleOption,
     GraphsOption,
     JsonOption,
-    MemoryName,
     MemoryOption,
     ModeName,
+    OfflineMemoryName,
+    OfflineMemoryOption,
     ScoreOption,
     ThreadsOption,
     VariantOption,
@@ -71,7 +72,7 @@ def ask(
     ] = None,
     score: ScoreOption = "answer",
     variant: VariantOption = None,
-    memory: MemoryOption = "mbc",
+    memory: OfflineMemoryOption = "mbc",
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
@@ -83,6 +84,8 @@ def ask(
     question = _one_of(question, prompt)
     choices = None if options is None else _choices(options)
     _refuse_missing(source)
+    if memory == "concat":
+        _refuse_for_concat(source, mode)
     with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
         put = session.stand(question, prompt=prompt) if mode == "standing" else question
         with session.source(source) as frames:
@@ -170,7 +173,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Which questions, and which streams.")] = 0,
     scenes: Annotated[int, typer.Option(help="Scenes of each generated stream.")] = 10,
     variant: VariantOption = None,
-    memory: MemoryOption = "mbc",
+    memory: OfflineMemoryOption = "mbc",
     mode: Annotated[ModeName, typer.Option(help="How questions are put.")] = "standing",
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
@@ -184,6 +187,8 @@ def evaluate(
     from keepsight.runtime import evaluate as scoring
     from keepsight.runtime.datasets import open_dataset
 
+    if memory == "concat":
+        _refuse_for_concat(None, mode)
     with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
         manifest = session.bundle.manifest
         clips = open_dataset(
@@ -284,8 +289,24 @@ def _refuse_missing(source: str) -> None:
     Source(source).close()
 
 
+def _refuse_for_concat(source: str | None, mode: ModeName) -> None:
+    """Refuse what the memory `concat` can't do, before a model is loaded for it."""
+    from keepsight.streams import Source
+
+    if mode != "standing":
+        raise UsageError("--memory concat answers only questions that are known before the first frame.", fix="Leave --mode out.")
+    if source is None:
+        return
+    opened = Source(source)
+    opened.close()
+    if opened.is_live:
+        raise UsageError(
+            f"{opened.uri} is live, and --memory concat grows with every frame.", fix="Give a file, or another memory."
+        )
+
+
 def _session(
-    bundle: str, variant: str | None, memory: MemoryName, threads: int | None, backend: BackendName, cuda_graphs: bool
+    bundle: str, variant: str | None, memory: OfflineMemoryName, threads: int | None, backend: BackendName, cuda_graphs: bool
 ) -> Session:
     from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle

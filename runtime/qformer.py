@@ -206,8 +206,11 @@ class StandingQuestion:
             outputs["rows"], time_s=time_s, riders={"self_k": outputs["row_k"], "self_v": outputs["row_v"]}
         )
 
-    def answer(self) -> SoftPrompt:
+    def answer(self, *, marked: bool = True) -> SoftPrompt:
         """The last layer for the newest frame.
+
+        Args:
+            marked: whether that frame gets the marker of the one that is answered at, where the bundle has one.
 
         Raises:
             UsageError: no frame has been read yet.
@@ -216,7 +219,7 @@ class StandingQuestion:
             raise UsageError("Nothing has been seen since the question was put.", fix="Ask after the next frame.")
         last = -1
         past = self.bank.past * self.prompt.row_mask
-        newest, visual = self._marked(past) or (self._newest, self._visual)
+        newest, visual = (self._marked(past) if marked else None) or (self._newest, self._visual)
         feeds: dict[str, Tensor] = {
             "rows_last": newest["rows"][last], "k_last": newest["row_k"][last], "v_last": newest["row_v"][last],
             "bank_k": self.bank.riders["self_k"][last], "bank_v": self.bank.riders["self_v"][last],

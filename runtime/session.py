@@ -9,14 +9,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from time import perf_counter
 from types import TracebackType
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from keepsight.runtime.answer import Answer, AnswerStream, LatencyTrace, Mode
 from keepsight.runtime.backends import Engines
 from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.concat import ConcatQuestion, frames_that_fit
 from keepsight.runtime.llm import LLM, Score, Segment, render, verbatim
 from keepsight.runtime.llm import Answer as Written
 from keepsight.runtime.memory import Policy
-from keepsight.runtime.qformer import QFormer, SoftPrompt, StandingQuestion
+from keepsight.runtime.qformer import Prompt, QFormer, SoftPrompt, StandingQuestion
 from keepsight.runtime.ranking import Ranking, checked_options
 from keepsight.streams import Frame, Source
 from keepsight.streams.errors import BundleError, EngineError, NoFrameError, UsageError
@@ -48,7 +53,8 @@ class Session:
 
     Args:
         bundle: an opened bundle.
-        memory: how the banks make room (`mbc`, or `fifo`, `average`, `last` to compare with).
+        memory: how the banks make room (`mbc`, or `fifo`, `average`, `last` to compare with); or `concat`, for clips and
+            standing questions alone: every frame's rows go to the language model (`concat.py`).
         threads: CPU threads of each stage; by default one for the graphs and all cores for the LLM.
         llm: a language model that is already loaded, to share one between sessions; by default the bundle's is loaded.
         engines: the bundle's graphs, loaded on another backend than the CPU (`open_engines`); closed with the session.
@@ -61,14 +67,15 @@ class Session:
         self,
         bundle: Bundle,
         *,
-        memory: Policy = "mbc",
+        memory: Policy | Literal["concat"] = "mbc",
         threads: int | None = None,
         llm: LLM | None = None,
         engines: Engines | None = None,
     ) -> None:
         self.bundle = bundle
         self._close = ExitStack()
-        self._qformer = QFormer(bundle, memory=memory, threads=threads or 1, engines=engines)
+        self._concat = memory == "concat"
+        self._qformer = QFormer(bundle, memory="last" if memory == "concat" else memory, threads=threads or 1, engines=engines)
         self._close.callback(self._qformer.close)
         self._llm = llm
         if llm is None and bundle.has_llm:
@@ -141,7 +148,8 @@ class Session:
             UsageError: the question is empty, or longer than the largest text bucket.
         """
         with self._memory_lock:
-            carried = self._qformer.stand(self._qformer.prompt(self._qformer_text(question, prompt)))
+            read = self._qformer.prompt(self._qformer_text(question, prompt))
+            carried = self._concatenated(read, question, prompt) if self._concat else self._qformer.stand(read)
             standing = Standing(question, carried, prompt)
             self._standing.append(standing)
         return standing
@@ -178,7 +186,7 @@ class Session:
         age_ms = 1000 * (time.monotonic() - (perf_counter() - asked) - frame.captured_at)
         decoding = self.bundle.manifest.decoding
         generation = llm.generate(
-            self._segments(text, prompt, soft),
+            self._segments(text, prompt, soft.rows),
             max_tokens=decoding.max_tokens,
             stop=decoding.stop,
             beams=decoding.beams,
@@ -226,7 +234,7 @@ class Session:
             frame, cost, frames_seen = self._newest, self._cost, self.frames_seen
         assert frame is not None
         age_ms = 1000 * (time.monotonic() - (perf_counter() - asked) - frame.captured_at)
-        ranked = llm.rank(self._segments(text, prompt, soft), options, score=score)
+        ranked = llm.rank(self._segments(text, prompt, soft.rows), options, score=score)
         scored = perf_counter()
         trace = LatencyTrace(
             capture_age_ms=age_ms,
@@ -268,23 +276,38 @@ class Session:
     def _perceive(self, question: str | Standing, prompt: str | None) -> tuple[SoftPrompt, str, Mode, str | None]:
         if isinstance(question, Standing):
             return question.carried.answer(), question.question, "standing", question.prompt
+        if self._concat:
+            raise UsageError(
+                "the memory concat answers only questions that are known before the first frame.", fix="Use --mode standing."
+            )
         soft = self._qformer.replay(self._qformer.prompt(self._qformer_text(question, prompt)))
         return soft, question, "replay", prompt
+
+    def _concatenated(self, read: Prompt, question: str, prompt: str | None) -> ConcatQuestion:
+        if self._llm is None:
+            return ConcatQuestion(self._qformer, read)
+        segments = self._segments(question, prompt, np.zeros((1, self._llm.n_embd), np.float32))
+        return ConcatQuestion(self._qformer, read, frames_that_fit(self.bundle, self._llm, segments))
 
     def _qformer_text(self, question: str, prompt: str | None) -> str:
         if not (question if prompt is None else prompt).strip():
             raise UsageError("The question is empty.", fix="Ask something.")
         return self.bundle.manifest.templates.qformer_text(question) if prompt is None else prompt
 
-    def _segments(self, question: str, prompt: str | None, soft: SoftPrompt) -> Sequence[Segment]:
+    def _segments(self, question: str, prompt: str | None, rows: NDArray[np.float32]) -> Sequence[Segment]:
         if prompt is not None:
-            return verbatim(prompt, video=soft.rows)
-        return render(self.bundle.manifest.templates.llm, video=soft.rows, question=question)
+            return verbatim(prompt, video=rows)
+        return render(self.bundle.manifest.templates.llm, video=rows, question=question)
 
     # -- live ------------------------------------------------------------------------------------------------------
 
     def watch(self, source: Source, *, on_frame: Callable[[Frame], None] | None = None) -> Watcher:
         """Watch a source on a thread of its own until it ends or the session closes; ask meanwhile."""
+        if self._concat:
+            raise UsageError(
+                "the memory concat grows with every frame, and is for files alone.",
+                fix="Use a memory that does not grow, such as mbc.",
+            )
         if self._watcher is not None and self._watcher.running:
             raise UsageError("This session is already watching a source.", fix="Open a second session.")
         self._watcher = self._close.enter_context(Watcher(self, source, on_frame))
