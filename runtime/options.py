@@ -15,7 +15,7 @@ VariantOption = Annotated[str | None, typer.Option(help="A precision that the bu
 MemoryOption = Annotated[MemoryName, typer.Option(help="How a full memory makes room.")]
 OfflineMemoryOption = Annotated[
     OfflineMemoryName,
-    typer.Option(help="How a full memory makes room; concat: no memory, the language model gets every frame's rows (files only)."),
+    typer.Option(help="How a full memory makes room; concat: no memory, every frame's rows go to the LLM (files only)."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
 ScoreOption = Annotated[
