@@ -252,9 +252,10 @@ def _against_onnx(
 def _pictures(bundle: Bundle, clip: str | None, frames: int | None) -> tuple[NDArray[np.uint8], str]:
     """The frames to compare on, uint8 `[T, S, S, 3]`, and what to call them."""
     from keepsight.runtime.clips import synthetic_clip
+    from keepsight.runtime.position_table import most_frames
 
     dims = bundle.manifest.dims
-    count = frames or 5 * dims.memory_length
+    count = frames or min(5 * dims.memory_length, most_frames(bundle.manifest))
     pictures = synthetic_clip(count, dims.image_size) if clip is None else _read_clip(bundle, clip, count)
     return pictures, f"{len(pictures)} frames of {clip or 'synthetic scenes'}"
 

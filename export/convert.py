@@ -33,6 +33,7 @@ from keepsight.runtime.manifest import (
     Manifest,
     NoPositionsInfo,
     Preprocessing,
+    TableInfo,
     Templates,
     sha256_of,
     write_manifest,
@@ -41,6 +42,7 @@ from keepsight.streams.errors import CheckpointError, UsageError
 
 __all__ = [
     "LLM_FILE",
+    "TABLE_FILE",
     "TOKENIZER_FILE",
     "Conversion",
     "Precision",
@@ -55,9 +57,11 @@ __all__ = [
 
 LLM_FILE = "llm.gguf"
 TOKENIZER_FILE = "tokenizer.json"
+TABLE_FILE = "positions.f32"
 _BUCKETS = (16, 32, 64, 128)
 
 Precision = Literal["fp32", "fp16"]
+Positions = NoPositionsInfo | CurrentInfo | TableInfo
 Progress = Callable[[str, int, int], None]
 """Called with what is being written, how much of it is done, and of how much."""
 
@@ -90,7 +94,7 @@ def convert(checkpoint: Checkpoint, out: Path, options: Conversion, *, progress:
 
     Raises:
         UsageError: `out` is there and is no bundle, or an option makes no sense.
-        CheckpointError: no text tokenizer, or a kind of position table that is not known.
+        CheckpointError: no text tokenizer.
     """
     check_options(checkpoint, out, options)
     qformer, positions = positioned(checkpoint)
@@ -149,35 +153,29 @@ def _without_lora(checkpoint: Checkpoint, llm: str | None) -> Path | LanguageSou
     return LanguageSource(LlamaConfig.read(checkpoint.llm_config), checkpoint.llm_tensors, checkpoint.llm_tokenizer, bos)
 
 
-def position_policy(checkpoint: Checkpoint) -> NoPositionsInfo | CurrentInfo:
-    """What `image_pe` means at run time: nothing, or a marker on the newest frame.
+def position_policy(checkpoint: Checkpoint) -> Positions:
+    """What `image_pe` means at run time: nothing, a marker on the newest frame, or a row for every frame.
 
-    Raises:
-        CheckpointError: several of its rows are not zero.
+    MA-LMM's training fills one row, that of its last frame, since banked features are detached: it marks what is answered at.
+    Several rows have been trained otherwise, and are added as the reference adds them.
     """
     if checkpoint.image_pe is None:
         return NoPositionsInfo()
     frames = [int(row) for row in checkpoint.image_pe.any(dim=1).nonzero()[:, 0]]
     if len(frames) > 1:
-        raise CheckpointError(
-            f"image_pe of {checkpoint.name} has {len(frames)} rows that are not zero; MA-LMM's training fills one, the last.",
-            fix="A table of positions added before storing is not supported yet.",
-        )
+        return TableInfo(file=TABLE_FILE, frames=len(checkpoint.image_pe))
     return CurrentInfo(frame=frames[0])
 
 
-def positioned(checkpoint: Checkpoint) -> tuple[QFormer, NoPositionsInfo | CurrentInfo]:
+def positioned(checkpoint: Checkpoint) -> tuple[QFormer, Positions]:
     """The Q-Former, with what `image_pe` means to its cross-attention as position tables, and the policy that reads them.
 
     Keys and values are affine: k(x + pe) = k(x) + W pe. So the marker that MA-LMM adds to the newest frame's features
-    becomes one row for each cross-attention layer, and what is banked stays without it.
-
-    Raises:
-        CheckpointError: several rows of `image_pe` are not zero.
+    becomes one row for each cross-attention layer, and what is banked stays without it. Of a table the Q-Former knows nothing.
     """
     policy = position_policy(checkpoint)
     qformer = checkpoint.load_qformer()
-    if checkpoint.image_pe is None or isinstance(policy, NoPositionsInfo):
+    if checkpoint.image_pe is None or not isinstance(policy, CurrentInfo):
         return qformer, policy
     marked = QFormer(with_marker(qformer.config))
     state = qformer.state_dict() | _marker_rows(qformer, checkpoint.image_pe[policy.frame])
@@ -203,7 +201,7 @@ def _marker_rows(qformer: QFormer, marker: Tensor) -> dict[str, Tensor]:
 def _write(
     checkpoint: Checkpoint,
     qformer: QFormer,
-    positions: NoPositionsInfo | CurrentInfo,
+    positions: Positions,
     folder: Path,
     options: Conversion,
     progress: Progress,
@@ -229,6 +227,8 @@ def _write(
     )  # fmt: skip
     store_weights(qformer, folder, graphs)
     progress("Q-Former", 1, 1)
+    if isinstance(positions, TableInfo) and checkpoint.image_pe is not None:
+        (folder / positions.file).write_bytes(checkpoint.image_pe.numpy().astype("<f4").tobytes())
     tokenizer = options.tokenizer or checkpoint.tokenizer
     if tokenizer is not None and qformer.config.vocab:
         write_text_tokenizer(tokenizer, folder / TOKENIZER_FILE, rows=qformer.config.vocab)
@@ -237,7 +237,7 @@ def _write(
 
 
 def manifest_of(
-    checkpoint: Checkpoint, name: str, positions: NoPositionsInfo | CurrentInfo, options: Conversion, llm: LLMInfo | None
+    checkpoint: Checkpoint, name: str, positions: Positions, options: Conversion, llm: LLMInfo | None
 ) -> Manifest:
     """What the bundle says of itself, its files' hashes left out."""
     vision, config = checkpoint.vision, checkpoint.qformer

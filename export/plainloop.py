@@ -79,14 +79,18 @@ class PlainLoop:
         qformer: with its position tables, if the bundle has any.
         manifest: M and the position policy.
         text_ids: `[L]`, without padding.
+        table: `[frames, C]`, for the policy `table`: row t is added to frame t before it is banked.
     """
 
-    def __init__(self, qformer: QFormer, manifest: Manifest, text_ids: Sequence[int]) -> None:
+    def __init__(
+        self, qformer: QFormer, manifest: Manifest, text_ids: Sequence[int], *, table: Tensor | None = None
+    ) -> None:
         self._qformer, self._manifest = qformer, manifest
         self._text = torch.tensor(list(text_ids), dtype=torch.int64)
         length = manifest.dims.memory_length
         self._visual = _Bank(length)
         self._query = [_Bank(length) for _ in range(qformer.config.layers)]
+        self._table, self._frames = table, 0
 
     @torch.no_grad()
     def see(
@@ -98,7 +102,11 @@ class PlainLoop:
         query_merge: Mapping[int, NDArray[np.intp]] | None = None,
     ) -> Said:
         """One frame `[N, C]` at a moment in seconds; merges to force on the visual bank, and on those of some layers."""
-        self._visual.append(torch.from_numpy(np.array(features, np.float32)), time_s)
+        rows = torch.from_numpy(np.array(features, np.float32))
+        if self._table is not None:
+            rows = rows + self._table[self._frames]
+        self._frames += 1
+        self._visual.append(rows, time_s)
         inputs, output = self._read(self._buckets(answering=False))
         if isinstance(self._manifest.positions, CurrentInfo):  # an answer reads again, with the marker, and banks nothing
             output = self._read(self._buckets(answering=True))[1]

@@ -26,7 +26,7 @@ from keepsight.runtime.footprint import Fit, Footprint, LanguageShape, banks, en
 from keepsight.runtime.gguf_cache import QUANTISATIONS
 from keepsight.runtime.gguf_rows import matrix_shapes
 from keepsight.runtime.gguf_sizes import file_bytes
-from keepsight.runtime.manifest import MANIFEST, LLMInfo, Manifest, manifest_text
+from keepsight.runtime.manifest import MANIFEST, CurrentInfo, LLMInfo, Manifest, TableInfo, manifest_text
 
 __all__ = ["LanguageModel", "Preview", "preview"]
 
@@ -85,7 +85,7 @@ def preview(checkpoint: Checkpoint, out: Path, options: Conversion) -> Preview:
     check_options(checkpoint, out, options)
     sizes = _Sizes(checkpoint, options)
     graphs, llm = sizes.graphs(options.precision), sizes.language_model(options)
-    files = [*graphs.files(), *_tokenizer_file(checkpoint, options)]
+    files = [*graphs.files(), *_table_file(checkpoint), *_tokenizer_file(checkpoint, options)]
     info = None
     if llm is not None:
         files.append(File(LLM_FILE, llm.bytes, "exact"))
@@ -97,6 +97,12 @@ def preview(checkpoint: Checkpoint, out: Path, options: Conversion) -> Preview:
     fits = tuple(fit(footprint, board) for board in boards())
     changes = {one.board.name: sizes.advice(manifest, options, one.board) for one in fits if not one.fits}
     return Preview(manifest, options.precision, llm, tuple(files), graphs.weights(), footprint, fits, changes)
+
+
+def _table_file(checkpoint: Checkpoint) -> Iterator[File]:
+    positions = position_policy(checkpoint)
+    if isinstance(positions, TableInfo):
+        yield File(positions.file, 4 * positions.frames * checkpoint.qformer.channels, "exact")
 
 
 def _tokenizer_file(checkpoint: Checkpoint, options: Conversion) -> Iterator[File]:
@@ -113,7 +119,8 @@ class _Sizes:
 
     def graphs(self, precision: Precision) -> GraphSizes:
         checkpoint = self._checkpoint
-        qformer = checkpoint.qformer if checkpoint.image_pe is None else with_marker(checkpoint.qformer)
+        marked = isinstance(position_policy(checkpoint), CurrentInfo)
+        qformer = with_marker(checkpoint.qformer) if marked else checkpoint.qformer
         return GraphSizes(checkpoint.vision, qformer, precision)
 
     def language_model(self, options: Conversion) -> LanguageModel | None:

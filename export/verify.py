@@ -31,6 +31,7 @@ from keepsight.export.weights import INDEX, load_qformer
 from keepsight.runtime.backends import Engines, open_engines
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.llm import LLM, Segment, render
+from keepsight.runtime.manifest import TableInfo
 from keepsight.runtime.parity import (
     GRAPH_LIMITS,
     PROMPT_LIMITS,
@@ -41,6 +42,7 @@ from keepsight.runtime.parity import (
     difference,
     marks,
 )
+from keepsight.runtime.position_table import position_table
 from keepsight.runtime.qformer import QFormer as DeployedQFormer
 from keepsight.runtime.qformer import StandingQuestion
 from keepsight.runtime.session import load_llm
@@ -63,12 +65,14 @@ class Source:
         vision: makes the visual encoder: frames uint8 `[B, S, S, 3]` to features `[B, N, C]`.
         qformer: with its position tables.
         export_vision: writes the encoder's graph anew, in half precision or not, to find where a difference begins.
+        table: of positions that are added before frames are banked, `[frames, C]`; None for a bundle of another policy.
     """
 
     name: str
     vision: Callable[[], nn.Module]
     qformer: QFormer
     export_vision: Callable[[Path, bool], None]
+    table: Tensor | None = None
 
 
 def source_of(bundle: Bundle, checkpoint: Checkpoint | None) -> Source:
@@ -84,7 +88,9 @@ def source_of(bundle: Bundle, checkpoint: Checkpoint | None) -> Source:
             frames, weights = {"frames": _blank(model.vision.image_size)}, model.vision_tensors
             export_streamed(lambda: EvaVision(model.vision), weights, frames, ["features"], path, half_compute=half)
 
-        return Source(model.name, model.load_vision, positioned(model)[0], write)
+        qformer, positions = positioned(model)
+        table = model.image_pe if isinstance(positions, TableInfo) else None
+        return Source(model.name, model.load_vision, qformer, write, table)
     if bundle.manifest.name != _TINY or not (bundle.path / INDEX).is_file():
         raise CheckpointError(
             f"{bundle.manifest.name} must be verified against what it was made from.",
@@ -124,7 +130,7 @@ def verify(
     report = Report(bundle.manifest.name, source.name, clip)
     with open_engines(bundle) if engines is None else engines as opened:
         watched = _watch(bundle, opened, frames, questions, tell)
-    report.graphs = _compare_graphs(bundle, source, watched, tell)
+    report.graphs = _compare_graphs(bundle, source, watched, tell) | _compare_tables(bundle, source)
     said = _compare_streams(report, bundle, source, frames, watched, tell)
     if bundle.has_llm:
         with load_llm(bundle, None) as llm:
@@ -217,6 +223,20 @@ def _compare_graphs(bundle: Bundle, source: Source, watched: _Watched, tell: Pro
     return results
 
 
+def _compare_tables(bundle: Bundle, source: Source) -> dict[str, GraphParity]:
+    """Positions that are added before frames are banked: copied, so the same to the bit."""
+    stored = position_table(bundle)
+    if stored is None and source.table is None:
+        return {}
+    ours, theirs = (np.zeros(0) if table is None else np.asarray(table) for table in (stored and stored.rows, source.table))
+    if ours.shape != theirs.shape:
+        raise CheckpointError(
+            f"{bundle.manifest.name} has positions {list(ours.shape)} to add, {source.name} has {list(theirs.shape)}.",
+            fix="Name the checkpoint, and the fine-tuned one, that it was exported from.",
+        )
+    return {"positions": GraphParity({"rows": difference(ours, theirs, 0.0)})}
+
+
 @torch.no_grad()
 def _run_module(module: nn.Module, feeds: Arrays, outputs: Sequence[str]) -> dict[str, NDArray[Any]]:
     values = module.eval()(*(torch.from_numpy(np.ascontiguousarray(value)) for value in feeds.values()))
@@ -247,8 +267,9 @@ def _compare_streams(
     """
     vision = source.vision().eval()
     manifest, questions = bundle.manifest, list(watched.text_ids)
-    loops = {question: PlainLoop(source.qformer, manifest, watched.text_ids[question]) for question in questions}
-    forced = PlainLoop(source.qformer, manifest, watched.text_ids[questions[0]])
+    qformer, table, ids = source.qformer, source.table, watched.text_ids
+    loops = {question: PlainLoop(qformer, manifest, ids[question], table=table) for question in questions}
+    forced = PlainLoop(qformer, manifest, ids[questions[0]], table=table)
     limit = PROMPT_LIMITS[bundle.variant]
     told_at = marks(manifest.dims.memory_length, len(frames))
     agreed: dict[str, list[bool]] = {"visual": [], "query": []}

@@ -20,10 +20,12 @@ from keepsight.runtime.options import (
     JsonOption,
     LogBytesOption,
     LogEveryOption,
-    MemoryName,
     MemoryOption,
     ModeName,
+    OfflineMemoryName,
+    OfflineMemoryOption,
     SaveEveryOption,
+    ScoreOption,
     SnapshotKVOption,
     SnapshotOption,
     ThreadsOption,
@@ -73,8 +75,12 @@ def ask(
         ModeName, typer.Option(help="standing: carried along from the first frame; replay: asked at the end.")
     ] = "standing",
     prompt: Annotated[str | None, typer.Option(help="Replaces both templates; goes verbatim to both tokenizers.")] = None,
+    options: Annotated[
+        str | None, typer.Option(help="Answers to choose from, such as 'red,green,blue'; prints the probability of each.")
+    ] = None,
+    score: ScoreOption = "answer",
     variant: VariantOption = None,
-    memory: MemoryOption = "mbc",
+    memory: OfflineMemoryOption = "mbc",
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
@@ -89,11 +95,16 @@ def ask(
     from keepsight.runtime.watch import watch_until
 
     question = _one_of(question, prompt)
+    choices = None if options is None else _choices(options)
     saved = Snapshot.read(source) if is_snapshot(source) else None
     if saved is None:
         _refuse_missing(source)
+        if memory == "concat":
+            _refuse_for_concat(source, mode)
     elif when is not None:
         raise UsageError("A snapshot has its own moment: --when can't be used with it.", fix="Leave it out.")
+    elif memory == "concat":
+        raise UsageError("A snapshot is of a memory; concat has none.", fix="Leave --memory out.")
     with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
         if saved is not None:
             put = ask_saved(session, saved, question, prompt=prompt, mode=mode)
@@ -101,6 +112,10 @@ def ask(
             put = session.stand(question, prompt=prompt) if mode == "standing" else question
             with session.source(source) as frames:
                 watch_until(session, frames, until_s=seconds if frames.is_live else when)
+        if choices is not None:
+            ranking = session.rank(put, choices, prompt=prompt, score=score)
+            typer.echo(json.dumps(ranking.as_dict(), ensure_ascii=False) if as_json else str(ranking))
+            return
         answers = session.ask(put, prompt=prompt)
         if as_json:
             _print_json(answers.result.as_dict())
@@ -143,6 +158,49 @@ def run(
         converse(session, source)
 
 
+@app.command()
+def watch(
+    source: Annotated[str, typer.Argument(help="A camera, a stream, or a file, of which every frame is seen.")],
+    question: Annotated[
+        list[str], typer.Option(help="What to ask; may be given several times. With answers to choose from: 'fire? [yes|no]'.")
+    ],
+    every: Annotated[float, typer.Option(min=0, help="Seconds of the stream between two answers; 0 = every frame.")] = 1.0,
+    seconds: Annotated[float | None, typer.Option(help="Stop when the stream reaches this second.")] = None,
+    realtime: Annotated[bool, typer.Option("--realtime", help="Let a file play as a camera.")] = False,
+    score: ScoreOption = "answer",
+    bundle: BundleOption = "tiny",
+    variant: VariantOption = None,
+    memory: MemoryOption = "mbc",
+    backend: BackendOption = "cpu",
+    cuda_graphs: GraphsOption = True,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Carry questions along and print an answer whenever it changes; Ctrl-C leaves with a summary."""
+    from keepsight.runtime.standing import StandingQuestions, follow_camera, follow_file, parse_question
+
+    asked = [parse_question(spelling) for spelling in question]
+    _refuse_missing(source)
+    with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
+        standing = StandingQuestions(
+            session, asked, lambda change: typer.echo(json.dumps(change.as_dict(), ensure_ascii=False) if as_json else change),
+            every_s=every, score=score,
+        )  # fmt: skip
+        frames = session.source(source)
+        try:
+            if realtime or frames.is_live:
+                follow_camera(standing, source, until_s=seconds)
+            else:
+                with frames:
+                    follow_file(standing, frames, until_s=seconds)
+        except KeyboardInterrupt:
+            typer.echo(err=True)
+        if as_json:
+            _print_json(standing.summary.as_dict())
+        else:
+            typer.echo(str(standing.summary), err=True)
+
+
 @app.command("eval")
 def evaluate(
     bundle: Annotated[str, typer.Argument(help="A bundle's directory, or `tiny`.")],
@@ -151,7 +209,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Which questions, and which streams.")] = 0,
     scenes: Annotated[int, typer.Option(help="Scenes of each generated stream.")] = 10,
     variant: VariantOption = None,
-    memory: MemoryOption = "mbc",
+    memory: OfflineMemoryOption = "mbc",
     mode: Annotated[ModeName, typer.Option(help="How questions are put.")] = "standing",
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
@@ -165,6 +223,8 @@ def evaluate(
     from keepsight.runtime import evaluate as scoring
     from keepsight.runtime.datasets import open_dataset
 
+    if memory == "concat":
+        _refuse_for_concat(None, mode)
     with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
         manifest = session.bundle.manifest
         clips = open_dataset(
@@ -251,6 +311,13 @@ def _one_of(question: str | None, prompt: str | None) -> str:
     return cast(str, question if prompt is None else prompt)
 
 
+def _choices(options: str) -> tuple[str, ...]:
+    """The answers between the commas, refused before a model is loaded if they make no sense."""
+    from keepsight.runtime.ranking import checked_options
+
+    return checked_options([option.strip() for option in options.split(",")])
+
+
 def _refuse_missing(source: str) -> None:
     """Say so at once if a source is not there, before a model is loaded for it."""
     from keepsight.streams import Source
@@ -258,8 +325,24 @@ def _refuse_missing(source: str) -> None:
     Source(source).close()
 
 
+def _refuse_for_concat(source: str | None, mode: ModeName) -> None:
+    """Refuse what the memory `concat` can't do, before a model is loaded for it."""
+    from keepsight.streams import Source
+
+    if mode != "standing":
+        raise UsageError("--memory concat answers only questions that are known before the first frame.", fix="Leave --mode out.")
+    if source is None:
+        return
+    opened = Source(source)
+    opened.close()
+    if opened.is_live:
+        raise UsageError(
+            f"{opened.uri} is live, and --memory concat grows with every frame.", fix="Give a file, or another memory."
+        )
+
+
 def _session(
-    bundle: str, variant: str | None, memory: MemoryName, threads: int | None, backend: BackendName, cuda_graphs: bool
+    bundle: str, variant: str | None, memory: OfflineMemoryName, threads: int | None, backend: BackendName, cuda_graphs: bool
 ) -> Session:
     from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle

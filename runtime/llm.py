@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, NamedTuple
@@ -34,6 +35,7 @@ __all__ = [
     "Generation",
     "Prefill",
     "RankedOption",
+    "Score",
     "Segment",
     "Special",
     "Text",
@@ -54,12 +56,17 @@ _SELF_CHECK_TEXT = "The camera saw 3 cats, and then a red ball."
 _SELF_CHECK_LIMIT = 0.05
 
 
+Score = Literal["answer", "prefix", "mean"]
+"""What options are ranked by, see `LLM.rank`."""
+
+
 class RankedOption(NamedTuple):
-    """An option, its log-probability after the prompt, and its probability among the options given."""
+    """An option, its log-probability after the prompt, its probability among the options given, and the tokens scored."""
 
     option: str
     logprob: float
     probability: float
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,31 +356,46 @@ class LLM:
             pass
         return generation.result
 
-    def rank(self, segments: Sequence[Segment], options: Sequence[str], *, end: str = "") -> list[RankedOption]:
-        """Scores each option as the continuation of the prompt, the most likely first.
+    def rank(
+        self, segments: Sequence[Segment], options: Sequence[str], *, end: str = "", score: Score = "prefix"
+    ) -> list[RankedOption]:
+        """Scores each option as the continuation of the prompt, the most likely first; equal ones stay in their order.
 
         Args:
             segments: the prompt.
             options: plain text each; a leading space belongs to it if the answer would start with one.
             end: template text such as `<|im_end|>` that must follow. Without it `no` also counts the likelihood of
                 everything that begins with `no`.
+            score: `prefix`, the sum of the log-probabilities of the option's tokens (and those of `end`), as LAVIS ranks
+                candidates (`blip2_vicuna_instruct.py : _predict_class`, whose mean is over a length that all share);
+                `answer`, the same and that of the model ending there with any of its end tokens: of the option being the
+                whole answer; `mean`, that of `answer` for each token, which does not favour short options.
+
+        Raises:
+            UsageError: no option, an empty one, or one that is given twice.
+            LLMError: there is no room for the prompt and the longest option.
         """
         blocks = self._blocks(segments)
         continuations = [self.tokenise([Text(option), Special(end)]) for option in options]
-        if not continuations or not all(continuations):
-            raise UsageError(f"The options {list(options)!r} cannot be ranked.", fix="Give at least one; none empty.")
+        if not continuations or not all(continuations) or len(set(options)) < len(options):
+            raise UsageError(
+                f"The options {list(options)!r} cannot be ranked.", fix="Give at least one; none empty, none twice."
+            )
         start = sum(len(block.rows) for block in blocks)
-        self._sequences.check_room(blocks, max(map(len, continuations)), "the longest option")
+        ending = score != "prefix"
+        self._sequences.check_room(blocks, max(map(len, continuations)) + ending, "the longest option")
         with self._sequences.lock:
             first = log_softmax(self._sequences.prefill(blocks)[0])
             totals = [float(first[tokens[0]]) for tokens in continuations]
-            for group in self._packed(continuations):
-                for index, logprob in self._score(group, continuations, start):
+            for group in self._packed(continuations, ending=ending):
+                for index, logprob in self._score(group, continuations, start, ending=ending):
                     totals[index] += logprob
-        shares = np.exp(np.array(totals) - max(totals))
+        lengths = [len(tokens) + ending for tokens in continuations]
+        scores = np.array(totals) / lengths if score == "mean" else np.array(totals)
+        shares = np.exp(scores - scores.max())
         shares /= shares.sum()
-        ranked = map(RankedOption, options, totals, shares.tolist())
-        return sorted(ranked, key=lambda ranked_option: -ranked_option.logprob)
+        ranked = list(map(RankedOption, options, totals, shares.tolist(), lengths))
+        return [ranked[index] for index in np.argsort(-scores, kind="stable")]
 
     # Writing an answer
 
@@ -525,12 +547,12 @@ class LLM:
 
     # Ranking options
 
-    def _packed(self, continuations: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Groups of options, by index, whose rows fit one batch; an option of one token needs no row."""
+    def _packed(self, continuations: Sequence[Sequence[int]], *, ending: bool) -> Iterator[list[int]]:
+        """Groups of options, by index, whose rows fit one batch; one of one token needs no row if its end is not scored."""
         group: list[int] = []
         rows = 0
         for index, tokens in enumerate(continuations):
-            needed = len(tokens) - 1
+            needed = len(tokens) - 1 + ending
             if needed > self.n_batch:
                 raise LLMError(f"An option has {len(tokens)} tokens.", fix=f"Raise n_batch, now {self.n_batch}.")
             if group and (rows + needed > self.n_batch or len(group) == SEQUENCES // 2):
@@ -543,10 +565,13 @@ class LLM:
             yield group
 
     def _score(
-        self, group: Sequence[int], continuations: Sequence[Sequence[int]], start: int
+        self, group: Sequence[int], continuations: Sequence[Sequence[int]], start: int, *, ending: bool
     ) -> Iterator[tuple[int, float]]:
-        """Log-probability of all but the first token of each option in the group, decoded as one batch of branches."""
-        fed = [continuations[index][:-1] for index in group]
+        """Log-probability of all but the first token of each option in the group, decoded as one batch of branches.
+
+        With `ending`, of the model ending after it, too.
+        """
+        fed = [continuations[index][: None if ending else -1] for index in group]
         wanted = [continuations[index][1:] for index in group]
         with self._sequences.branches(len(group)) as branches:
             self._sequences.continue_kept(branches)
@@ -554,10 +579,15 @@ class LLM:
             positions = np.concatenate([start + np.arange(len(tokens)) for tokens in fed])
             sequences = np.repeat(branches, [len(tokens) for tokens in fed])
             logprobs = log_softmax(self._sequences.decode(rows, positions, sequences))
-        picked = logprobs[np.arange(len(rows)), np.concatenate(wanted)]
         ends = np.cumsum([len(tokens) for tokens in fed])
-        for index, part in zip(group, np.split(picked, ends[:-1]), strict=True):
-            yield index, float(part.sum())
+        for index, tokens, part in zip(group, wanted, np.split(logprobs, ends[:-1]), strict=True):
+            logprob = float(part[np.arange(len(tokens)), tokens].sum())
+            yield index, logprob + (float(np.logaddexp.reduce(part[-1, self._end_tokens])) if ending else 0.0)
+
+    @cached_property
+    def _end_tokens(self) -> list[int]:
+        """Every token that ends an answer."""
+        return [token for token in range(self.n_vocab) if self._llama.ends(token)]
 
     def _blocks(self, segments: Sequence[Segment]) -> list[Block]:
         with self._sequences.lock:

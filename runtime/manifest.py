@@ -36,6 +36,7 @@ __all__ = [
     "NoPositionsInfo",
     "OrderInfo",
     "Preprocessing",
+    "TableInfo",
     "Templates",
     "read_manifest",
     "sha256_of",
@@ -231,6 +232,23 @@ class CurrentInfo(_Part):
         return 2
 
 
+class TableInfo(_Part):
+    """A row for each frame, counted from the stream's start, added to its features before they are banked: MA-LMM offline.
+
+    Attributes:
+        file: the rows, raw float32 `[frames, C]`, little-endian.
+        frames: that a stream may have.
+    """
+
+    policy: Literal["table"] = "table"
+    file: BundleFile
+    frames: Size
+
+    def buckets(self, slots: int) -> int:
+        """P, for a memory of S slots: nothing is added when a slot is read."""
+        return 1
+
+
 class GraphInfo(_Part):
     """One graph of the bundle.
 
@@ -309,7 +327,7 @@ class Manifest(_Part):
     sample_fps: Positive
     templates: Templates
     decoding: Decoding
-    positions: Annotated[NoPositionsInfo | OrderInfo | AgeInfo | CurrentInfo, Field(discriminator="policy")]
+    positions: Annotated[NoPositionsInfo | OrderInfo | AgeInfo | CurrentInfo | TableInfo, Field(discriminator="policy")]
     graphs: dict[str, GraphInfo]
     variants: Annotated[tuple[str, ...], Field(min_length=1)]
     llm: LLMInfo | None = None
@@ -323,6 +341,8 @@ class Manifest(_Part):
         files = {file for graph in self.graphs.values() for file in graph.files.values()}
         if self.tokenizer is not None:
             files.add(self.tokenizer)
+        if isinstance(self.positions, TableInfo):
+            files.add(self.positions.file)
         if self.llm is not None and self.llm.place == "bundle":
             files.add(self.llm.file)
         return files

@@ -8,11 +8,21 @@ from typing import Annotated, Literal
 import typer
 
 ModeName = Literal["standing", "replay"]
+ScoreName = Literal["answer", "prefix", "mean"]
 MemoryName = Literal["mbc", "fifo", "average", "last"]
+OfflineMemoryName = Literal["mbc", "fifo", "average", "last", "concat"]
 BundleOption = Annotated[str, typer.Option("--bundle", "-b", help="A bundle's directory, or `tiny` for the shipped one.")]
 VariantOption = Annotated[str | None, typer.Option(help="A precision that the bundle comes in [default: its first].")]
 MemoryOption = Annotated[MemoryName, typer.Option(help="How a full memory makes room.")]
+OfflineMemoryOption = Annotated[
+    OfflineMemoryName,
+    typer.Option(help="How a full memory makes room; concat: no memory, every frame's rows go to the LLM (files only)."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
+ScoreOption = Annotated[
+    ScoreName,
+    typer.Option(help="What options are ranked by: as whole answers, as beginnings of one (LAVIS), or the mean of their tokens."),
+]
 BackendName = Literal["cpu", "cuda", "tensorrt"]
 BackendOption = Annotated[
     BackendName, typer.Option(help="What runs the graphs: ONNX Runtime on CPU or CUDA, or TensorRT after `keepsight build`.")

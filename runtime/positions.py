@@ -1,6 +1,7 @@
 """Position policies: which row of the position table each remembered slot reads, and in which order slots were seen.
 
 Features are banked without a position; the graphs add one when they read a slot, looked up by a *bucket* (0 = none).
+(The policy `table` adds its rows before banking, in `position_table.py`, and none here.)
 A policy turns the order and the times of a bank's slots into buckets:
 
 - for `step`: one array [S, N], read at the newest frame;
@@ -70,7 +71,7 @@ class PositionPolicy(Protocol):
 
 @dataclass(frozen=True)
 class NonePositions:
-    """No position: every bucket is 0."""
+    """No position added at reading: every bucket is 0."""
 
     @property
     def buckets(self) -> int:

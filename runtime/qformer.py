@@ -20,6 +20,7 @@ from keepsight.runtime.bank_state import RIDER, rows_in_order
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.engine import Tensor, check_finite
 from keepsight.runtime.memory import MemoryBank, Policy, Rider
+from keepsight.runtime.position_table import position_table
 from keepsight.runtime.positions import position_policy, ranks, step_mask
 from keepsight.streams.errors import BundleError, UsageError
 
@@ -76,6 +77,7 @@ class QFormer:
         self._engines = open_engines(bundle, threads=threads) if engines is None else engines
         self.bank = self._empty_bank()
         self._positions = position_policy(bundle.manifest)
+        self._table = position_table(bundle)
         self._visual: dict[str, Tensor] = {}
 
     def encode(self, images: NDArray[np.uint8]) -> Tensor:
@@ -90,7 +92,10 @@ class QFormer:
 
         Raises:
             EngineError: features that are not finite, or that a later frame has overwritten.
+            UsageError: the stream is longer than the bundle's table of positions, if it has one.
         """
+        if self._table is not None:
+            features = self._table.added(features, self.bank.frames_seen)
         riders = self._engines["visual_kv"].run({"features": features})
         banked = np.asarray(features)
         check_finite("vision", {"features": banked})
@@ -259,8 +264,11 @@ class StandingQuestion:
             self._newest = {name: rows_in_order(array, newest)[:, 0] for name, array in arrays.items()}
             self._visual = self._qformer.visual_inputs()
 
-    def answer(self) -> SoftPrompt:
+    def answer(self, *, marked: bool = True) -> SoftPrompt:
         """The last layer for the newest frame.
+
+        Args:
+            marked: whether that frame gets the marker of the one that is answered at, where the bundle has one.
 
         Raises:
             UsageError: no frame has been read yet.
@@ -269,7 +277,7 @@ class StandingQuestion:
             raise UsageError("Nothing has been seen since the question was put.", fix="Ask after the next frame.")
         last = -1
         past = self.bank.past * self.prompt.row_mask
-        newest, visual = self._marked(past) or (self._newest, self._visual)
+        newest, visual = (self._marked(past) if marked else None) or (self._newest, self._visual)
         feeds: dict[str, Tensor] = {
             "rows_last": newest["rows"][last], "k_last": newest["row_k"][last], "v_last": newest["row_v"][last],
             "bank_k": self.bank.riders["self_k"][last], "bank_v": self.bank.riders["self_v"][last],

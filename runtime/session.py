@@ -12,19 +12,23 @@ from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from keepsight.runtime import resume
 from keepsight.runtime.answer import Answer, AnswerStream, LatencyTrace, Mode
 from keepsight.runtime.backends import Engines
 from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.concat import ConcatQuestion, frames_that_fit
 from keepsight.runtime.engine import Tensor
 from keepsight.runtime.feature_log import FeatureLog
-from keepsight.runtime.llm import LLM, Segment, render, verbatim
+from keepsight.runtime.llm import LLM, Score, Segment, render, verbatim
 from keepsight.runtime.llm import Answer as Written
 from keepsight.runtime.memory import Policy
-from keepsight.runtime.qformer import QFormer, SoftPrompt, StandingQuestion
+from keepsight.runtime.qformer import Prompt, QFormer, SoftPrompt, StandingQuestion
+from keepsight.runtime.ranking import Ranking, checked_options
 from keepsight.runtime.snapshot import Array, Part, Question, SavedFrame, Snapshot, fingerprint
 from keepsight.streams import Frame, Source
 from keepsight.streams.errors import BundleError, EngineError, KeepsightError, NoFrameError, UsageError
@@ -56,7 +60,8 @@ class Session:
 
     Args:
         bundle: an opened bundle.
-        memory: how the banks make room (`mbc`, or `fifo`, `average`, `last` to compare with).
+        memory: how the banks make room (`mbc`, or `fifo`, `average`, `last` to compare with); or `concat`, for clips and
+            standing questions alone: every frame's rows go to the language model (`concat.py`).
         threads: CPU threads of each stage; by default one for the graphs and all cores for the LLM.
         llm: a language model that is already loaded, to share one between sessions; by default the bundle's is loaded.
         engines: the bundle's graphs, loaded on another backend than the CPU (`open_engines`); closed with the session.
@@ -69,14 +74,15 @@ class Session:
         self,
         bundle: Bundle,
         *,
-        memory: Policy = "mbc",
+        memory: Policy | Literal["concat"] = "mbc",
         threads: int | None = None,
         llm: LLM | None = None,
         engines: Engines | None = None,
     ) -> None:
         self.bundle = bundle
         self._close = ExitStack()
-        self._qformer = QFormer(bundle, memory=memory, threads=threads or 1, engines=engines)
+        self._concat = memory == "concat"
+        self._qformer = QFormer(bundle, memory="last" if memory == "concat" else memory, threads=threads or 1, engines=engines)
         self._close.callback(self._qformer.close)
         self._llm = llm
         if llm is None and bundle.has_llm:
@@ -144,6 +150,11 @@ class Session:
         return self._qformer.bank.frames_seen
 
     @property
+    def newest(self) -> Frame | None:
+        """The newest frame; None before the first."""
+        return self._newest
+
+    @property
     def time_s(self) -> float:
         """Stream time of the newest frame; -1 before the first."""
         return -1.0 if self._newest is None else self._newest.time_s
@@ -159,7 +170,8 @@ class Session:
             UsageError: the question is empty, or longer than the largest text bucket.
         """
         with self._memory_lock:
-            carried = self._qformer.stand(self._qformer.prompt(self._qformer_text(question, prompt)))
+            read = self._qformer.prompt(self._qformer_text(question, prompt))
+            carried = self._concatenated(read, question, prompt) if self._concat else self._qformer.stand(read)
             standing = Standing(question, carried, prompt)
             self._standing.append(standing)
         return standing
@@ -202,7 +214,7 @@ class Session:
         age_ms = 1000 * (time.monotonic() - (perf_counter() - asked) - frame.captured_at)
         decoding = self.bundle.manifest.decoding
         generation = llm.generate(
-            self._segments(text, prompt, soft),
+            self._segments(text, prompt, soft.rows),
             max_tokens=decoding.max_tokens,
             stop=decoding.stop,
             beams=decoding.beams,
@@ -226,6 +238,45 @@ class Session:
             return Answer(written.text.strip(), text, mode, frame.time_s, frames_seen, written.finish, trace)
 
         return AnswerStream(generation, finish)
+
+    def rank(
+        self, question: str | Standing, options: Sequence[str], *, prompt: str | None = None, score: Score = "answer"
+    ) -> Ranking:
+        """Choose among given answers, now: by replay for a text, from what it has carried along for a `Standing`.
+
+        Args:
+            options: each as it would be answered.
+            score: what the options are ranked by: `answer`, each as the whole answer; `prefix`, as LAVIS ranks candidates,
+                where an option can't lose to one that it is the beginning of; `mean`, per token (`LLM.rank`).
+
+        Raises:
+            UsageError: nothing has been seen yet; the question is empty or too long; no option, an empty one, or one twice.
+            BundleError: the bundle has no language model.
+        """
+        asked = perf_counter()
+        options, llm = checked_options(options), self.llm
+        with self._memory_lock:
+            began = perf_counter()
+            soft, text, mode, prompt = self._perceive(question, prompt)
+            perceived = perf_counter()
+            frame, cost, frames_seen = self._newest, self._cost, self.frames_seen
+        assert frame is not None
+        age_ms = 1000 * (time.monotonic() - (perf_counter() - asked) - frame.captured_at)
+        ranked = llm.rank(self._segments(text, prompt, soft.rows), options, score=score)
+        scored = perf_counter()
+        trace = LatencyTrace(
+            capture_age_ms=age_ms,
+            vision_ms=cost.vision_ms,
+            memory_ms=cost.memory_ms,
+            qformer_ms=1000 * (perceived - began),
+            step_ms=cost.step_ms if mode == "standing" else 0.0,
+            prefill_ms=1000 * (scored - perceived),
+            first_token_ms=1000 * (scored - asked),
+            total_ms=1000 * (scored - asked),
+            tokens=0,
+            tokens_per_s=0.0,
+        )
+        return Ranking(tuple(ranked), score, text, mode, frame.time_s, frames_seen, trace)
 
     def perceive(self, question: str | Standing, *, prompt: str | None = None) -> SoftPrompt:
         """The Q-Former's part of an answer alone, without the language model."""
@@ -253,18 +304,28 @@ class Session:
     def _perceive(self, question: str | Standing, prompt: str | None) -> tuple[SoftPrompt, str, Mode, str | None]:
         if isinstance(question, Standing):
             return question.carried.answer(), question.question, "standing", question.prompt
+        if self._concat:
+            raise UsageError(
+                "the memory concat answers only questions that are known before the first frame.", fix="Use --mode standing."
+            )
         soft = self._qformer.replay(self._qformer.prompt(self._qformer_text(question, prompt)))
         return soft, question, "replay", prompt
+
+    def _concatenated(self, read: Prompt, question: str, prompt: str | None) -> ConcatQuestion:
+        if self._llm is None:
+            return ConcatQuestion(self._qformer, read)
+        segments = self._segments(question, prompt, np.zeros((1, self._llm.n_embd), np.float32))
+        return ConcatQuestion(self._qformer, read, frames_that_fit(self.bundle, self._llm, segments))
 
     def _qformer_text(self, question: str, prompt: str | None) -> str:
         if not (question if prompt is None else prompt).strip():
             raise UsageError("The question is empty.", fix="Ask something.")
         return self.bundle.manifest.templates.qformer_text(question) if prompt is None else prompt
 
-    def _segments(self, question: str, prompt: str | None, soft: SoftPrompt) -> Sequence[Segment]:
+    def _segments(self, question: str, prompt: str | None, rows: NDArray[np.float32]) -> Sequence[Segment]:
         if prompt is not None:
-            return verbatim(prompt, video=soft.rows)
-        return render(self.bundle.manifest.templates.llm, video=soft.rows, question=question)
+            return verbatim(prompt, video=rows)
+        return render(self.bundle.manifest.templates.llm, video=rows, question=question)
 
     # -- restarts --------------------------------------------------------------------------------------------------
 
@@ -287,7 +348,11 @@ class Session:
         Args:
             kv: with the keys and values of the visual bank: larger, and restored bit for bit. Without, they are computed again
                 from the features and are equal but for rounding.
+
+        Raises:
+            UsageError: the memory is `concat`, which is none.
         """
+        self._refuse_concat()
         with self._memory_lock:
             return Snapshot(
                 bundle=self.bundle.manifest.name,
@@ -328,6 +393,7 @@ class Session:
             SnapshotError: the file can't be read, is damaged, or of another bundle or policy.
             UsageError: the file is whole, and what is in it is no memory.
         """
+        self._refuse_concat()
         snapshot = saved if isinstance(saved, Snapshot) else Snapshot.read(saved)
         snapshot.check_belongs_to(self.bundle, self._qformer.policy)
         prompts = [self._qformer.prompt(self._qformer_text(one.question, one.prompt)) for one in snapshot.questions]
@@ -348,6 +414,10 @@ class Session:
             for name in self._parts.keys() & snapshot.parts.keys():
                 self._parts[name].restore(snapshot.parts[name])
         return snapshot
+
+    def _refuse_concat(self) -> None:
+        if self._concat:
+            raise UsageError("the memory concat can't be saved or restored: it keeps every frame.", fix="Use mbc.")
 
     def continued(self, source: Source) -> Iterator[Frame]:
         """Frames of a source in this memory's time, which never goes back (see `resume`).
@@ -422,6 +492,11 @@ class Session:
 
     def watch(self, source: Source, *, on_frame: Callable[[Frame], None] | None = None) -> Watcher:
         """Watch a source on a thread of its own until it ends or the session closes; ask meanwhile."""
+        if self._concat:
+            raise UsageError(
+                "the memory concat grows with every frame, and is for files alone.",
+                fix="Use a memory that does not grow, such as mbc.",
+            )
         if self._watcher is not None and self._watcher.running:
             raise UsageError("This session is already watching a source.", fix="Open a second session.")
         self._watcher = self._close.enter_context(Watcher(self, source, on_frame))
@@ -455,6 +530,11 @@ class Watcher:
     @property
     def running(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the source has come to its end without an error."""
+        return not self.running and self._error is None
 
     def wait(self, frames: int = 1, timeout_s: float = 10.0) -> None:
         """Wait until the session has seen so many frames.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import sys
 import time
+from collections.abc import Callable
 
 import typer
 
 from keepsight.runtime.session import Session, Watcher
-from keepsight.streams import Source
+from keepsight.streams import Frame, Source
 from keepsight.streams.errors import KeepsightError, NoFrameError, SourceLostError, SourceNotFoundError, UsageError
 
 RETRY_S = (0.5, 10.0)  # first and longest pause before a camera is tried again
@@ -71,10 +72,15 @@ def _reply(session: Session, question: str) -> None:
 
 
 class Camera:
-    """A source that is watched by a session and opened again whenever it is lost; a file plays once, in real time."""
+    """A source that is watched by a session and opened again whenever it is lost; a file plays once, in real time.
 
-    def __init__(self, session: Session, uri: str) -> None:
-        self._session, self._uri = session, uri
+    Args:
+        on_frame: called on the capture thread after each frame that the session has seen.
+    """
+
+    def __init__(self, session: Session, uri: str, *, on_frame: Callable[[Frame], None] | None = None) -> None:
+        self._session, self._uri, self._on_frame = session, uri, on_frame
+        self._dropped_before = 0
         self._pause_s = RETRY_S[0]
         self._watcher: Watcher | None = None
         self.source = self._open()
@@ -105,13 +111,23 @@ class Camera:
         except (SourceNotFoundError, NoFrameError, SourceLostError) as error:
             self._again(error)
 
+    @property
+    def ended(self) -> bool:
+        """Whether a file has been played to its end."""
+        return self._watcher is not None and self._watcher.ended
+
+    @property
+    def dropped(self) -> int:
+        """Frames that a newer one replaced before they were seen."""
+        return self._dropped_before + self.source.dropped
+
     def close(self) -> None:
         if self._watcher is not None:
             self._watcher.close()
 
     def _open(self) -> Source:
         source = self._session.source(self._uri, realtime=True)
-        self._watcher = self._session.watch(source)
+        self._watcher = self._session.watch(source, on_frame=self._on_frame)
         return source
 
     def _again(self, error: KeepsightError) -> None:
@@ -121,4 +137,5 @@ class Camera:
         self.close()
         time.sleep(self._pause_s * random.uniform(0.8, 1.2))
         self._pause_s = min(2 * self._pause_s, RETRY_S[1])
+        self._dropped_before += self.source.dropped
         self.source = self._open()

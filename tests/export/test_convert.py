@@ -190,13 +190,6 @@ def test_asking_does_not_change_what_is_banked(tmp_path: Path) -> None:
     assert np.array_equal(asked.standing.answer().rows, silent.standing.answer().rows)
 
 
-def test_a_table_with_several_rows_is_refused(tmp_path: Path) -> None:
-    checkpoint = load_huggingface(hf_models.save(hf_models.instructblip(), tmp_path / "hf"))
-    with pytest.raises(CheckpointError, match="2 rows that are not zero"):
-        convert(replace(checkpoint, image_pe=torch.eye(120, 48)[:2]), tmp_path / "bundle", OPTIONS)
-    assert not (tmp_path / "bundle").exists() and not (tmp_path / "bundle.part").exists()
-
-
 def test_what_can_not_be_converted_is_said_before_anything_is_written(tmp_path: Path) -> None:
     checkpoint = load_huggingface(hf_models.save(hf_models.instructblip(), tmp_path / "hf"))
     with pytest.raises(CheckpointError, match=r"without the Q-Former's text tokenizer.*--tokenizer"):

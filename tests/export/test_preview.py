@@ -155,12 +155,10 @@ def test_a_bad_checkpoint_fails_as_in_the_export(change: Any, complaint: str, tm
 
 def test_options_that_make_no_sense_are_refused_alike(tmp_path: Path) -> None:
     model = checkpoint(tmp_path)
-    two_markers = replace(model, image_pe=torch.eye(120, 48)[:2])
     for source, options in (
         (model, Conversion(memory_length=0)),
         (model, Conversion(prompt="what?")),
         (model, Conversion(llm_type="Q1")),
-        (two_markers, Conversion()),
     ):
         with pytest.raises(KeepsightError) as export:
             convert(source, tmp_path / "bundle", options)
