@@ -27,7 +27,7 @@ from keepsight.runtime.device_bank import FREED, NOWHERE, OWN_CHOICE, VISUAL_RID
 from keepsight.runtime.manifest import Dims
 from keepsight.runtime.memory import COSINE_EPS, Rider
 
-__all__ = ["MEMORY_FILE", "memory_graph", "visual_memory_graph", "write_memory_graph"]
+__all__ = ["MEMORY_FILE", "memory_graph", "memory_graph_bytes", "write_memory_graph"]
 
 MEMORY_FILE = "memory.onnx"
 
@@ -39,14 +39,15 @@ _FLOAT, _INT32 = TensorProto.FLOAT, TensorProto.INT32
 def write_memory_graph(folder: Path, dims: Dims) -> Path:
     """Write the visual bank's graph to `folder/memory.onnx`; the same dimensions give the same bytes."""
     path = folder / MEMORY_FILE
-    path.write_bytes(visual_memory_graph(dims).SerializeToString(deterministic=True))
+    path.write_bytes(memory_graph_bytes(dims))
     return path
 
 
-def visual_memory_graph(dims: Dims) -> onnx.ModelProto:
+def memory_graph_bytes(dims: Dims) -> bytes:
     """The graph of a bundle's visual bank: one group of N tokens, with the cross-attention keys and values as riders."""
     riders = {name: Rider(len(dims.cross_layers), dims.hidden) for name in VISUAL_RIDERS}
-    return memory_graph(slots=dims.slots, tokens=dims.tokens, channels=dims.channels, riders=riders)
+    graph = memory_graph(slots=dims.slots, tokens=dims.tokens, channels=dims.channels, riders=riders)
+    return graph.SerializeToString(deterministic=True)
 
 
 def memory_graph(

@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from keepsight.runtime.engine import Array, Engine, Tensor
+from keepsight.runtime.manifest import Dims
 from keepsight.runtime.memory import FloatArray, MemoryBank, Policy, Rider
 from keepsight.streams.errors import EngineError, UsageError
 
-__all__ = ["FREED", "MEMORY", "NOWHERE", "NO_MERGE", "OTHER_TURN", "OWN_CHOICE", "VISUAL_RIDERS", "DeviceMemoryBank"]
+__all__ = ["FREED", "MEMORY", "NOWHERE", "NO_MERGE", "OTHER_TURN", "OWN_CHOICE", "VISUAL_RIDERS", "DeviceMemoryBank", "visual_bank"]
 
 MEMORY = "memory"
 """The graph's name in a bundle; one without it keeps its banks on the host."""
@@ -29,6 +30,19 @@ OTHER_TURN = {f"bank_{name}": f"next_{name}" for name in _KEPT} | {f"next_{name}
 
 _CHOOSES = "mbc"  # the one policy whose merges depend on features
 _MERGES = (_CHOOSES, "average")
+
+
+def visual_bank(dims: Dims, turns: Sequence[Engine] = (), *, policy: Policy = "mbc") -> MemoryBank | DeviceMemoryBank:
+    """An empty visual bank of a bundle's dimensions: on the device, if the graph `memory` is loaded there.
+
+    Args:
+        turns: `Engines.memory`.
+    """
+    riders = {name: Rider(len(dims.cross_layers), dims.hidden) for name in VISUAL_RIDERS}
+    length, tokens, channels = dims.memory_length, dims.tokens, dims.channels
+    if turns:
+        return DeviceMemoryBank(turns, length=length, tokens=tokens, channels=channels, riders=riders, policy=policy)
+    return MemoryBank(length=length, tokens=tokens, channels=channels, riders=riders, policy=policy)
 
 
 class DeviceMemoryBank:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from keepsight.runtime.backends import Engines, open_engines
+from keepsight.runtime.bank import Bank
 from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.device_bank import DeviceMemoryBank, visual_bank
 from keepsight.runtime.engine import Tensor, check_finite
 from keepsight.runtime.memory import MemoryBank, Policy, Rider
 from keepsight.runtime.positions import position_policy, ranks, step_mask
@@ -71,16 +74,14 @@ class QFormer:
         dims = bundle.manifest.dims
         self.dims = dims
         self._engines = open_engines(bundle, threads=threads) if engines is None else engines
-        crosses = len(dims.cross_layers)
-        self.bank = MemoryBank(
-            length=dims.memory_length,
-            tokens=dims.tokens,
-            channels=dims.channels,
-            riders={name: Rider(crosses, dims.hidden) for name in ("cross_k", "cross_v")},
-            policy=memory,
-        )
+        self.bank: Bank = visual_bank(dims, self._engines.memory, policy=memory)
         self._positions = position_policy(bundle.manifest)
         self._visual: dict[str, Tensor] = {}
+
+    @property
+    def bank_on(self) -> Literal["host", "device"]:
+        """Where the visual bank is. A device needs the graph `memory` in the bundle."""
+        return "device" if isinstance(self.bank, DeviceMemoryBank) else "host"
 
     def encode(self, images: NDArray[np.uint8]) -> Tensor:
         """Features float32 `[B, N, C]` of frames uint8 `[B, H, W, 3]`, after ln_vision.
@@ -95,7 +96,12 @@ class QFormer:
         Raises:
             EngineError: features that are not finite, or that a later frame has overwritten.
         """
-        riders = self._engines["visual_kv"].run({"features": features})
+        visual_kv = self._engines["visual_kv"]
+        if self.bank_on == "device":  # the graph that updates the bank says whether all is finite
+            self.bank.append(features, time_s=time_s, riders=visual_kv.enqueue({"features": features}))
+            self._visual = {}
+            return
+        riders = visual_kv.run({"features": features})
         banked = np.asarray(features)
         check_finite("vision", {"features": banked})
         self.bank.append(banked, time_s=time_s, riders=riders)
@@ -139,13 +145,13 @@ class QFormer:
     def visual_inputs(self) -> dict[str, Tensor]:
         """What `step` reads of the visual bank, the newest frame included: made once a frame for all standing questions.
 
-        Keys and values are arrays of the bank itself, not copies; a device gets its copy once a frame.
+        Keys and values are those of the bank itself, not copies; a device that has no bank of its own gets its copy once a frame.
         """
         self._check_not_empty()
         if not self._visual:
             step = self._engines["step"]
             self._visual = {
-                **{name: step.place(name, self.bank.riders[name]) for name in ("cross_k", "cross_v")},
+                **{name: keys if self.bank_on == "device" else step.place(name, keys) for name, keys in self.bank.riders.items()},
                 "visual_mask": self.bank.visible[0].astype(np.float32), "bucket": self._positions.step(self.bank),
             }  # fmt: skip
         return self._visual

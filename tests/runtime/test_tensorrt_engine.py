@@ -26,7 +26,7 @@ from ..random_bundle import make_bundle
 from .fake_cuda import load_driver
 from .fake_tensorrt import fake_tensorrt
 
-GRAPHS = ("answer", "prompt", "replay", "step", "vision", "visual_kv")
+GRAPHS = ("answer", "memory", "prompt", "replay", "step", "vision", "visual_kv")
 ORIN = Target(gpu="Orin", sm=87, library="tensorrt", version="10.3.0")
 
 
@@ -68,7 +68,9 @@ def feeds_for(engine: Engine, text: int, queries: int, *, seed: int = 0) -> dict
     for name, spec in engine.inputs.items():
         free = 1 if name == "frames" else text if name.startswith("text_") else queries + text
         shape = tuple(free if size is None else size for size in spec.shape)
-        if spec.dtype.kind == "f":
+        if name == "position":  # every slot has its place in time
+            feeds[name] = np.broadcast_to(np.arange(shape[1], dtype=spec.dtype)[:, None], shape).copy()
+        elif spec.dtype.kind == "f":
             feeds[name] = (rng.random(shape) if "mask" in name else rng.normal(size=shape)).astype(spec.dtype)
         else:
             feeds[name] = rng.integers(0, 5, shape).astype(spec.dtype)
