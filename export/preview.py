@@ -19,8 +19,8 @@ from keepsight.export.convert import (
     with_marker,
 )
 from keepsight.export.graph_sizes import File, GraphSizes
-from keepsight.export.memory_graph import MEMORY_FILE, memory_graph_bytes
 from keepsight.export.llama_gguf import GGUFLayout, LanguageSource, gguf_layout
+from keepsight.export.memory_graph import MEMORY_FILE, memory_graph_bytes
 from keepsight.export.wordpiece import text_tokenizer
 from keepsight.runtime.boards import Board, boards
 from keepsight.runtime.footprint import Fit, Footprint, LanguageShape, banks, engines, fit, language, program

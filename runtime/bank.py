@@ -8,8 +8,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from keepsight.runtime.engine import Tensor
-
 __all__ = ["Bank"]
 
 

@@ -12,7 +12,17 @@ from keepsight.runtime.manifest import Dims
 from keepsight.runtime.memory import FloatArray, MemoryBank, Policy, Rider
 from keepsight.streams.errors import EngineError, UsageError
 
-__all__ = ["FREED", "MEMORY", "NOWHERE", "NO_MERGE", "OTHER_TURN", "OWN_CHOICE", "VISUAL_RIDERS", "DeviceMemoryBank", "visual_bank"]
+__all__ = [
+    "FREED",
+    "MEMORY",
+    "NOWHERE",
+    "NO_MERGE",
+    "OTHER_TURN",
+    "OWN_CHOICE",
+    "VISUAL_RIDERS",
+    "DeviceMemoryBank",
+    "visual_bank",
+]
 
 MEMORY = "memory"
 """The graph's name in a bundle; one without it keeps its banks on the host."""

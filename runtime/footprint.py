@@ -138,7 +138,8 @@ def banks(dims: Dims, *, standing: int = 1) -> tuple[Part, ...]:
     visual = _bank_bytes(dims.slots, dims.tokens, 1, 1)
     query = _bank_bytes(dims.slots, rows, banked, dims.hidden, riders=((banked, dims.hidden),) * 2)
     questions = "a standing question" if standing == 1 else f"{standing} standing questions"
-    return (Part("order and times of the visual memory", visual, "exact"), Part(f"memory of {questions}", standing * query, "exact"))
+    books = Part("order and times of the visual memory", visual, "exact")
+    return (books, Part(f"memory of {questions}", standing * query, "exact"))
 
 
 def engines(dims: Dims, weights: Mapping[str, int]) -> tuple[Part, ...]:
@@ -214,7 +215,7 @@ def _memory_tensors(dims: Dims) -> Tensors:
     crosses, tokens, hidden, by_slot = len(dims.cross_layers), dims.tokens, dims.hidden, (1, dims.slots, dims.tokens)
     keys = (crosses, dims.slots, tokens, hidden)
     kept = {"features": (*by_slot, dims.channels), "cross_k": keys, "cross_v": keys, "similarity": by_slot, "norms": by_slot}
-    rows = {name: (crosses, tokens, hidden) for name in VISUAL_RIDERS}
+    rows = dict.fromkeys(VISUAL_RIDERS, (crosses, tokens, hidden))
     small = dict.fromkeys(("position", "sizes"), by_slot) | dict.fromkeys(("pair", "entry", "merged", "magnitude"), (1, tokens))
     halves = {f"{half}_{name}": shape for half in ("bank", "next") for name, shape in kept.items()}
     return {"features": (tokens, dims.channels), **rows, **halves, **small}
