@@ -10,7 +10,7 @@ to it is which pair each token merged. Similarities and norms are kept by slot a
 Cost. A graph is a function: it reads the whole bank and writes another one, where the host's algorithm moves five rows a token.
 At MA-LMM's size (N=257, C=1408, six cross-attention layers, H=768, M=20) that is 229 MB read and 229 MB written in float32, so
 4.5 ms at the 102 GB/s of an Orin NX (counted, not measured; and if TensorRT fuses the two masks into one pass). The rows that
-the merge itself reads and writes are some 60 MB of it.
+the merge itself reads and writes are some 60 MB more.
 """
 
 from __future__ import annotations

@@ -15,11 +15,17 @@ from keepsight.runtime.options import (
     BackendName,
     BackendOption,
     BundleOption,
+    FeatureLogOption,
     GraphsOption,
     JsonOption,
+    LogBytesOption,
+    LogEveryOption,
     MemoryName,
     MemoryOption,
     ModeName,
+    SaveEveryOption,
+    SnapshotKVOption,
+    SnapshotOption,
     ThreadsOption,
     VariantOption,
 )
@@ -56,7 +62,9 @@ def demo(
 
 @app.command()
 def ask(
-    source: Annotated[str, typer.Argument(help="A file, rtsp://, /dev/video0, test://ball, a directory of pictures, .npy.")],
+    source: Annotated[
+        str, typer.Argument(help="A file, rtsp://, /dev/video0, test://ball, a directory of pictures, .npy; or a snapshot.")
+    ],
     question: Annotated[str | None, typer.Argument(help="The question.")] = None,
     bundle: BundleOption = "tiny",
     when: Annotated[float | None, typer.Option(help="Ask when a file reaches this second.")] = None,
@@ -72,15 +80,27 @@ def ask(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Watch a file to its end (or --when), or a live source for --seconds, then answer one question."""
+    """Watch a file to its end (or --when), or a live source for --seconds, then answer one question.
+
+    A snapshot that `run --snapshot` saved is not watched but restored, and answers at once.
+    """
+    from keepsight.runtime.keep import ask_saved
+    from keepsight.runtime.snapshot import is_snapshot
     from keepsight.runtime.watch import watch_until
 
     question = _one_of(question, prompt)
-    _refuse_missing(source)
+    saved = is_snapshot(source)
+    if saved and when is not None:
+        raise UsageError("A snapshot has its own moment: --when can't be used with it.", fix="Leave it out.")
+    if not saved:
+        _refuse_missing(source)
     with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
-        put = session.stand(question, prompt=prompt) if mode == "standing" else question
-        with session.source(source) as frames:
-            watch_until(session, frames, until_s=seconds if frames.is_live else when)
+        if saved:
+            put = ask_saved(session, source, question, prompt=prompt, mode=mode)
+        else:
+            put = session.stand(question, prompt=prompt) if mode == "standing" else question
+            with session.source(source) as frames:
+                watch_until(session, frames, until_s=seconds if frames.is_live else when)
         answers = session.ask(put, prompt=prompt)
         if as_json:
             _print_json(answers.result.as_dict())
@@ -100,12 +120,26 @@ def run(
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
+    snapshot: SnapshotOption = None,
+    save_every: SaveEveryOption = 300.0,
+    snapshot_kv: SnapshotKVOption = False,
+    feature_log: FeatureLogOption = None,
+    log_every: LogEveryOption = 10.0,
+    log_bytes: LogBytesOption = "2G",
 ) -> None:
     """Watch live and answer what you type; Ctrl-C or Ctrl-D leaves."""
+    from keepsight.runtime.keep import kept, parse_bytes
     from keepsight.runtime.watch import converse
 
     _refuse_missing(source)
-    with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
+    budget = parse_bytes(log_bytes)
+    with (
+        _session(bundle, variant, memory, threads, backend, cuda_graphs) as session,
+        kept(
+            session, source, snapshot=snapshot, save_every_s=save_every, kv=snapshot_kv,
+            log=feature_log, log_every_s=log_every, log_bytes=budget,
+        ),
+    ):  # fmt: skip
         converse(session, source)
 
 

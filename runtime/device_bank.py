@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from keepsight.runtime.bank_state import RIDER, BankShape, check_state, rows_in_order, write_rows
 from keepsight.runtime.engine import Array, Engine, Tensor
 from keepsight.runtime.manifest import Dims
 from keepsight.runtime.memory import FloatArray, MemoryBank, Policy, Rider
@@ -19,6 +21,7 @@ __all__ = [
     "NO_MERGE",
     "OTHER_TURN",
     "OWN_CHOICE",
+    "POLICIES",
     "VISUAL_RIDERS",
     "DeviceMemoryBank",
     "visual_bank",
@@ -34,23 +37,27 @@ VISUAL_RIDERS = ("cross_k", "cross_v")
 OWN_CHOICE, NO_MERGE = -1, -2
 FREED, NOWHERE = -1, -2
 
-_KEPT = ("features", *VISUAL_RIDERS, "similarity", "norms")
+_COSINES = ("similarity", "norms")
+_KEPT = ("features", *VISUAL_RIDERS, *_COSINES)
 OTHER_TURN = {f"bank_{name}": f"next_{name}" for name in _KEPT} | {f"next_{name}": f"bank_{name}" for name in _KEPT}
 """Inputs and outputs of `memory` that change places from one run to the next: what one writes, the other reads."""
 
-_CHOOSES = "mbc"  # the one policy whose merges depend on features
+POLICIES: tuple[Policy, ...] = ("mbc", "fifo", "average", "last")
+"""How a bank on a device can make room."""
+
+_CHOOSES = "mbc"  # the one of them whose merges depend on features
 _MERGES = (_CHOOSES, "average")
 
 
 def visual_bank(dims: Dims, turns: Sequence[Engine] = (), *, policy: Policy = "mbc") -> MemoryBank | DeviceMemoryBank:
-    """An empty visual bank of a bundle's dimensions: on the device, if the graph `memory` is loaded there.
+    """An empty visual bank of a bundle's dimensions: on the device, if the graph `memory` is loaded there and knows the policy.
 
     Args:
         turns: `Engines.memory`.
     """
     riders = {name: Rider(len(dims.cross_layers), dims.hidden) for name in VISUAL_RIDERS}
     length, tokens, channels = dims.memory_length, dims.tokens, dims.channels
-    if turns:
+    if turns and policy in POLICIES:
         return DeviceMemoryBank(turns, length=length, tokens=tokens, channels=channels, riders=riders, policy=policy)
     return MemoryBank(length=length, tokens=tokens, channels=channels, riders=riders, policy=policy)
 
@@ -92,9 +99,11 @@ class DeviceMemoryBank:
             length, tokens, channels, groups, riders, policy, current_outside: as :class:`MemoryBank`'s.
 
         Raises:
-            UsageError: as :class:`MemoryBank`, but for the dtype, which is float32.
+            UsageError: as :class:`MemoryBank`, or a policy that a device's bank does not have.
             EngineError: the graph is of a bank of another shape.
         """
+        if policy not in POLICIES:
+            raise UsageError(f"a memory on a device can't be {policy!r}.", fix=f"Use a MemoryBank, or {', '.join(POLICIES)}.")
         self.channels, self.current_outside = channels, current_outside
         # The books alone: one channel, no riders. It must not merge by itself, which "average" does for a visual bank.
         self._book = MemoryBank(
@@ -103,11 +112,8 @@ class DeviceMemoryBank:
         self._row = np.ones((groups, tokens, 1), np.float32)
         self._turns, self._turn = tuple(turns), 0
         self._riders = {"features": Rider(groups, channels), **(riders or {})}
-        self._state: dict[str, Tensor] = {}
-        for name, part in self._riders.items():
-            self._state[name] = self._place(name, np.zeros((part.groups, self.slots, tokens, part.channels), np.float32))
-        for name in ("similarity", "norms"):
-            self._state[name] = self._place(name, np.zeros((groups, self.slots, tokens), np.float32))
+        # Zeros, not what happens to lie there: what a mask hides must be finite.
+        self._state: dict[str, Tensor] = {name: self._place(name, self._zeros(name)) for name in (*self._riders, *_COSINES)}
 
     def __repr__(self) -> str:
         return (
@@ -207,11 +213,56 @@ class DeviceMemoryBank:
         """Bytes held, the device's two halves and the host's books: fixed at construction."""
         return 2 * sum(int(tensor.nbytes) for tensor in self._state.values()) + self._book.nbytes
 
+    def state(self, *, riders: bool = True) -> dict[str, npt.NDArray[Any]]:
+        """See :meth:`MemoryBank.state`, whose form this has; copies the bank from the device."""
+        order = self.order
+        kept = [name for name in self._riders if riders or name == "features"]
+        rows = {_saved(name): rows_in_order(np.asarray(self._state[name]), order) for name in kept}
+        norms, similarity = (
+            np.take_along_axis(np.asarray(self._state[name]), order.astype(np.intp), axis=1).astype(np.float64)
+            for name in ("norms", "similarity")
+        )
+        return {**self._book.state(riders=False), **rows, "norms": norms, "similarity": similarity[:, : max(self.used - 1, 0)]}
+
     # -- what changes the bank -----------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget everything. Feature data stays where it is, masked, and finite."""
         self._book.reset()
+
+    def check_state(self, state: Mapping[str, npt.NDArray[Any]], *, riders: bool = True) -> None:
+        """See :meth:`MemoryBank.check_state`.
+
+        Raises:
+            UsageError: a state that a bank of these sizes and this policy can't have been in.
+        """
+        carried = {name: (part.groups, part.channels) for name, part in self._riders.items() if riders and name != "features"}
+        shape = BankShape(
+            groups=self.groups, slots=self.slots, tokens=self.tokens, channels=self.channels, dtype=np.dtype(np.float32),
+            riders=carried, policy=self.policy,
+        )  # fmt: skip
+        check_state(shape, state)
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """See :meth:`MemoryBank.restore`; what a device's bank gave goes on bit for bit, a host's with its norms in float32.
+
+        Raises:
+            UsageError: as :meth:`check_state`; the bank is then unchanged.
+        """
+        self.check_state(state)
+        used = state["features"].shape[1]
+        order = state["order"][:, :used].astype(np.intp)
+        self._turn = 0
+        for name in self._riders:
+            values = self._zeros(name)
+            write_rows(values, order, state[_saved(name)])
+            self._state[name] = self._place(name, values)
+        for name in _COSINES:
+            values = self._zeros(name)
+            np.put_along_axis(values, order[:, : state[name].shape[1]], state[name].astype(np.float32), axis=1)
+            self._state[name] = self._place(name, values)
+        own = {"features": np.ones((self.groups, used, self.tokens, 1), np.float32)}
+        self._book.restore({name: own.get(name, array) for name, array in state.items() if not name.startswith(RIDER)})
 
     def append(self, features: Tensor, *, time_s: float, riders: Mapping[str, Tensor] | None = None) -> None:
         """Make the room that is due, then store a frame in each token's free slot: one run of the graph (`average`: two).
@@ -285,6 +336,12 @@ class DeviceMemoryBank:
     def _everywhere(self, value: int) -> npt.NDArray[np.int32]:
         return np.full((self.groups, self.tokens), value, np.int32)
 
+    def _zeros(self, name: str) -> npt.NDArray[np.float32]:
+        """An empty bank's tensor."""
+        part = self._riders.get(name)
+        width = () if part is None else (part.channels,)
+        return np.zeros((self.groups if part is None else part.groups, self.slots, self.tokens, *width), np.float32)
+
     def _row_shape(self, name: str) -> tuple[int, ...]:
         part = self._riders[name]
         shape = (part.groups, self.tokens, part.channels)
@@ -292,3 +349,8 @@ class DeviceMemoryBank:
 
     def _place(self, name: str, values: Array) -> Tensor:
         return self._turns[0].place(f"bank_{name}", values)
+
+
+def _saved(name: str) -> str:
+    """What a state calls the rows of a tensor."""
+    return name if name == "features" else RIDER + name

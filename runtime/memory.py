@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from keepsight.runtime.bank_state import RIDER, BankShape, check_state, rows_in_order, write_rows
 from keepsight.streams.errors import UsageError
 
 __all__ = ["COSINE_EPS", "MemoryBank", "Policy", "Rider"]
@@ -425,6 +426,75 @@ class MemoryBank:
     def _flat(self, slot: IndexArray) -> IndexArray:
         """Index of a slot (or position) per token [G, n] into a [G, S, n] array seen as one row of numbers."""
         return self._row_of_slot_0 + slot * self.tokens
+
+    # -- what survives a restart ---------------------------------------------------------------------------------
+
+    def state(self, *, riders: bool = True) -> dict[str, npt.NDArray[Any]]:
+        """All that the bank is, as copies of its arrays; slots out of use are left out.
+
+        Args:
+            riders: without them the state is smaller, and what restores it must compute them from `features`.
+
+        Returns:
+            order: [G, S, n] int32, the slot at each position in time; those after `used` are free.
+            features, rider.NAME: [G, used, n, C] and [G', used, n, H] of `dtype`, oldest first.
+            sizes, first_s, last_s, norms: [G, used, n] float64, oldest first.
+            similarity: [G, used - 1, n] float64, of neighbours in time.
+            last_merge: [G, n] int32.
+            frames_seen, newest_s: [] int64 and float64; newest_s is -inf before the first frame.
+        """
+        order = self._order[:, : self._count]
+        small = {"sizes": self.sizes, "first_s": self.first_s, "last_s": self.last_s, "norms": self._norms}
+        return {
+            "order": self._order.astype(np.int32),
+            "features": rows_in_order(self.features, order),
+            **{RIDER + name: rows_in_order(values, order) for name, values in self.riders.items() if riders},
+            **{name: np.take_along_axis(array, order, axis=1) for name, array in small.items()},
+            "similarity": self._similarity[:, : max(self._count - 1, 0)].copy(),
+            "last_merge": self.last_merge.copy(),
+            "frames_seen": np.array(self.frames_seen, np.int64),
+            "newest_s": np.array(self._newest_s, np.float64),
+        }
+
+    def check_state(self, state: Mapping[str, npt.NDArray[Any]], *, riders: bool = True) -> None:
+        """Refuse what :meth:`restore` would refuse.
+
+        Args:
+            riders: False for a state that was taken without them.
+
+        Raises:
+            UsageError: a state that a bank of these sizes and this policy can't have been in.
+        """
+        carried = {name: (len(values), values.shape[-1]) for name, values in self.riders.items() if riders}
+        shape = BankShape(
+            groups=self.groups, slots=self.slots, tokens=self.tokens, channels=self.channels, dtype=self.dtype,
+            riders=carried, policy=self.policy,
+        )  # fmt: skip
+        check_state(shape, state)
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Become what :meth:`state` was taken from, riders included: from here on every bit is as it would have been.
+
+        Rows go back into the slots they were in, since an attention's sum over slots rounds by their order.
+
+        Raises:
+            UsageError: as :meth:`check_state`; the bank is then unchanged.
+        """
+        self.check_state(state)
+        self.reset()
+        self._order[:] = state["order"]
+        self._count = state["features"].shape[1]
+        order = self._order[:, : self._count]
+        write_rows(self.features, order, state["features"])
+        for name, values in self.riders.items():
+            write_rows(values, order, state[RIDER + name])
+        small = {"sizes": self.sizes, "first_s": self.first_s, "last_s": self.last_s, "norms": self._norms}
+        for name, array in small.items():
+            np.put_along_axis(array, order, state[name], axis=1)
+        self._similarity[:, : max(self._count - 1, 0)] = state["similarity"]
+        self.last_merge[:] = state["last_merge"]
+        self.frames_seen = int(state["frames_seen"])
+        self._newest_s = float(state["newest_s"])
 
     # -- what append refuses -------------------------------------------------------------------------------------
 

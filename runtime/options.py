@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -18,3 +19,14 @@ BackendOption = Annotated[
 ]
 GraphsOption = Annotated[bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="TensorRT: launch kernels as CUDA graphs.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads of each stage [default: all cores for the LLM].")]
+SnapshotOption = Annotated[Path | None, typer.Option(help="Go on from this file if it is there; save the memory to it.")]
+SaveEveryOption = Annotated[float, typer.Option(help="Seconds from one save to the next.")]
+SnapshotKVOption = Annotated[
+    bool,
+    typer.Option(
+        "--snapshot-kv/--no-snapshot-kv", help="Save keys and values, too: larger, and restored bit for bit, not by rounding."
+    ),
+]
+FeatureLogOption = Annotated[Path | None, typer.Option(help="Log features of the far past to this folder.")]
+LogEveryOption = Annotated[float, typer.Option(help="Seconds from one logged frame to the next.")]
+LogBytesOption = Annotated[str, typer.Option(help="Room for the log, such as 2G or 500M; the oldest goes first.")]

@@ -7,15 +7,18 @@ reading, so that a question between two frames sees what the reference would see
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from keepsight.runtime.backends import Engines, open_engines
 from keepsight.runtime.bank import Bank
+from keepsight.runtime.bank_state import RIDER, rows_in_order
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.device_bank import DeviceMemoryBank, visual_bank
 from keepsight.runtime.engine import Tensor, check_finite
@@ -24,6 +27,8 @@ from keepsight.runtime.positions import position_policy, ranks, step_mask
 from keepsight.streams.errors import BundleError, UsageError
 
 Float32 = NDArray[np.float32]
+
+_log = logging.getLogger("keepsight.qformer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +80,13 @@ class QFormer:
         self.dims = dims
         self._engines = open_engines(bundle, threads=threads) if engines is None else engines
         self.bank: Bank = visual_bank(dims, self._engines.memory, policy=memory)
+        _log.info("the visual memory of %s is on the %s", bundle.manifest.name, self.bank_on)
         self._positions = position_policy(bundle.manifest)
         self._visual: dict[str, Tensor] = {}
 
     @property
     def bank_on(self) -> Literal["host", "device"]:
-        """Where the visual bank is. A device needs the graph `memory` in the bundle."""
+        """Where the visual bank is: on the GPU with TensorRT, if the bundle has the graph `memory`."""
         return "device" if isinstance(self.bank, DeviceMemoryBank) else "host"
 
     def encode(self, images: NDArray[np.uint8]) -> Tensor:
@@ -106,6 +112,30 @@ class QFormer:
         check_finite("vision", {"features": banked})
         self.bank.append(banked, time_s=time_s, riders=riders)
         self._visual = {}
+
+    def bank_state(self, *, kv: bool) -> dict[str, NDArray[Any]]:
+        """The visual bank's state; without keys and values `restore_bank` computes them again."""
+        return self.bank.state(riders=kv)
+
+    def restore_bank(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Restore the visual bank; keys and values that the state lacks are computed from its features.
+
+        A merged key is the same mean of keys as its feature is of features, and a key is an affine image of a feature: so they
+        are equal but for rounding.
+
+        Raises:
+            UsageError: it is no state of this bank, which is then unchanged.
+        """
+        kv = any(name.startswith(RIDER) for name in state)
+        self.bank.check_state(state, riders=kv)
+        self.bank.restore(state if kv else {**state, **self._riders_of(state["features"])})
+        self._visual = {}
+
+    def with_empty_bank(self) -> QFormer:
+        """The same graphs over a visual bank of its own on the host, for a replay over other frames. Close the first one alone."""
+        other = copy.copy(self)
+        other.bank, other._visual = visual_bank(self.dims, policy=self.policy), {}
+        return other
 
     def prompt(self, text: str) -> Prompt:
         """Prepare a question (already in the Q-Former's template).
@@ -170,6 +200,13 @@ class QFormer:
         """Give the engines back."""
         self._engines.close()
 
+    def _riders_of(self, features: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Keys and values `[X, used, N, H]` of banked features `[1, used, N, C]`, one slot at a time as they first came."""
+        if not features.shape[1]:
+            return {RIDER + name: np.asarray(values)[:, :0] for name, values in self.bank.riders.items()}
+        runs = [self._engines["visual_kv"].run({"features": rows}) for rows in features[0]]
+        return {RIDER + name: np.stack([run[name] for run in runs], axis=1) for name in self.bank.riders}
+
     def _check_not_empty(self) -> None:
         if not self.bank.used:
             raise UsageError("Nothing has been seen yet.", fix="Ask after the first frame.")
@@ -206,6 +243,26 @@ class StandingQuestion:
         self.bank.append(
             outputs["rows"], time_s=time_s, riders={"self_k": outputs["row_k"], "self_v": outputs["row_v"]}
         )
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """The query bank, keys and values always included: no graph makes them of banked rows. Take it after a `step`."""
+        return self.bank.state()
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from a state, over the visual bank of the same moment (restore that first).
+
+        The newest frame's rows are those of the newest slots: a bank makes room only before its next reading.
+
+        Raises:
+            UsageError: it is no state of this question's bank, which is then unchanged.
+        """
+        self.bank.restore(state)
+        self._newest, self._visual = None, {}
+        if self.bank.used:
+            arrays = {"rows": self.bank.features, "row_k": self.bank.riders["self_k"], "row_v": self.bank.riders["self_v"]}
+            newest = self.bank.order[:, -1:]
+            self._newest = {name: rows_in_order(array, newest)[:, 0] for name, array in arrays.items()}
+            self._visual = self._qformer.visual_inputs()
 
     def answer(self) -> SoftPrompt:
         """The last layer for the newest frame.

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 
+import numpy as np
+
+from keepsight.runtime import resume
 from keepsight.runtime.answer import Answer, AnswerStream, LatencyTrace, Mode
 from keepsight.runtime.backends import Engines
 from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.engine import Tensor
+from keepsight.runtime.feature_log import FeatureLog
 from keepsight.runtime.llm import LLM, Segment, render, verbatim
 from keepsight.runtime.llm import Answer as Written
 from keepsight.runtime.memory import Policy
 from keepsight.runtime.qformer import QFormer, SoftPrompt, StandingQuestion
+from keepsight.runtime.snapshot import Array, Part, Question, SavedFrame, Snapshot, fingerprint
 from keepsight.streams import Frame, Source
-from keepsight.streams.errors import BundleError, EngineError, NoFrameError, UsageError
+from keepsight.streams.errors import BundleError, EngineError, KeepsightError, NoFrameError, UsageError
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,12 @@ class Session:
         self._newest: Frame | None = None
         self._cost = FrameCost(0.0, 0.0, 0.0)
         self._watcher: Watcher | None = None
+        self._observers: list[Callable[[Tensor, Frame], None]] = []
+        self._parts: dict[str, Part] = {}
+        self._unclaimed: dict[str, Mapping[str, Array]] = {}  # of a snapshot, until their owner comes
+        self._source: str | None = None
+        self._follows: Frame | None = None  # newest frame of a log that goes on
+        self._position_s: float | None = None  # of a restored snapshot in its source, until a source is watched
 
     def source(self, uri: str, *, realtime: bool = False, fps: float | None = None) -> Source:
         """Open a source scaled and sampled as the bundle's manifest says; a file can play in real time as a camera."""
@@ -112,8 +127,17 @@ class Session:
                 standing.carried.step(frame.time_s)
             stepped = perf_counter()
             self._newest = frame
-            self._cost = FrameCost(*(1000 * t for t in (seen - start, remembered - locked, stepped - remembered)))
-            return self._cost
+            cost = self._cost = FrameCost(*(1000 * t for t in (seen - start, remembered - locked, stepped - remembered)))
+        for observer in self._observers:
+            observer(features, frame)
+        return cost
+
+    def observe(self, observer: Callable[[Tensor, Frame], None]) -> None:
+        """Call this with the features `[N, C]` of every frame that was remembered, on the thread that sees it.
+
+        Where the encoder runs on a device, the features stay there until the next frame: np.asarray copies them.
+        """
+        self._observers.append(observer)
 
     @property
     def frames_seen(self) -> int:
@@ -140,6 +164,11 @@ class Session:
             self._standing.append(standing)
         return standing
 
+    @property
+    def standing(self) -> tuple[Standing, ...]:
+        """The questions that are carried along."""
+        return tuple(self._standing)
+
     def drop(self, standing: Standing) -> None:
         """Stop carrying a question along."""
         with self._memory_lock:
@@ -150,7 +179,8 @@ class Session:
         with self._memory_lock:
             self._qformer.bank.reset()
             self._standing.clear()
-            self._newest = None
+            self._unclaimed.clear()
+            self._newest = self._follows = self._source = self._position_s = None
 
     def ask(self, question: str | Standing, *, prompt: str | None = None) -> AnswerStream:
         """Answer now: a text by replay over the memory, a `Standing` from what it has carried along.
@@ -235,6 +265,158 @@ class Session:
         if prompt is not None:
             return verbatim(prompt, video=soft.rows)
         return render(self.bundle.manifest.templates.llm, video=soft.rows, question=question)
+
+    # -- restarts --------------------------------------------------------------------------------------------------
+
+    def keep(self, name: str, part: Part) -> None:
+        """Save something beside the memory under this name. If a snapshot that was restored has it, it is restored now.
+
+        Raises:
+            UsageError: the name is taken, or has a slash; what the part's `restore` raises.
+        """
+        if name in self._parts or "/" in name or not name:
+            raise UsageError(f"a part can't be kept as {name!r}.", fix="Choose a name that is free, without a slash.")
+        if name in self._unclaimed:
+            part.restore(self._unclaimed[name])
+            del self._unclaimed[name]
+        self._parts[name] = part
+
+    def snapshot(self, *, kv: bool = False) -> Snapshot:
+        """The memory as it is now. Frames wait while it is copied, not while it is written.
+
+        Args:
+            kv: with the keys and values of the visual bank: larger, and restored bit for bit. Without, they are computed again
+                from the features and are equal but for rounding.
+        """
+        with self._memory_lock:
+            return Snapshot(
+                bundle=self.bundle.manifest.name,
+                fingerprint=self._fingerprint,
+                variant=self.bundle.variant,
+                policy=self._qformer.policy,
+                source=self._source,
+                saved_at=time.time(),
+                newest=None if self._newest is None else SavedFrame.of(self._newest),
+                visual=self._qformer.bank_state(kv=kv),
+                questions=tuple(Question(one.question, one.prompt) for one in self._standing),
+                standing=tuple(one.carried.state() for one in self._standing),
+                parts={**self._unclaimed, **{name: part.state() for name, part in self._parts.items()}},
+            )
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self.bundle)
+
+    def save(self, path: str | Path, *, kv: bool = False) -> int:
+        """Save the memory to a file, atomically; bytes written. `kv` as in `snapshot`.
+
+        Raises:
+            SnapshotError: it can't be written; what was there is unchanged.
+        """
+        return self.snapshot(kv=kv).write(path)
+
+    def restore(self, saved: Snapshot | str | Path) -> Snapshot:
+        """Go on with a saved memory: its standing questions, too, found in `standing`. What this session remembers is forgotten.
+
+        A live source that is watched from here on is dated behind it, the gap between them included; the file that it was
+        taken in goes on from the saved position.
+
+        Returns:
+            What was restored, to say from when it is.
+
+        Raises:
+            SnapshotError: the file can't be read, is damaged, or of another bundle or policy.
+            UsageError: the file is whole, and what is in it is no memory.
+        """
+        snapshot = saved if isinstance(saved, Snapshot) else Snapshot.read(saved)
+        snapshot.check_belongs_to(self.bundle, self._qformer.policy)
+        prompts = [self._qformer.prompt(self._qformer_text(one.question, one.prompt)) for one in snapshot.questions]
+        carried = [self._qformer.stand(prompt) for prompt in prompts]
+        for one, state in zip(carried, snapshot.standing, strict=True):
+            one.bank.check_state(state)
+        with self._memory_lock:
+            self._qformer.restore_bank(snapshot.visual)
+            for one, state in zip(carried, snapshot.standing, strict=True):
+                one.restore(state)
+            self._standing = [
+                Standing(asked.question, one, asked.prompt) for asked, one in zip(snapshot.questions, carried, strict=True)
+            ]
+            self._newest = None if snapshot.newest is None else snapshot.newest.as_frame()
+            self._cost = FrameCost(0.0, 0.0, 0.0)
+            self._source, self._position_s = snapshot.source, snapshot.time_s
+            self._unclaimed = {name: state for name, state in snapshot.parts.items() if name not in self._parts}
+            for name in self._parts.keys() & snapshot.parts.keys():
+                self._parts[name].restore(snapshot.parts[name])
+        return snapshot
+
+    def continued(self, source: Source) -> Iterator[Frame]:
+        """Frames of a source in this memory's time, which never goes back (see `resume`).
+
+        A camera goes on behind the newest frame, as far behind it as it was captured after it. The file that a restored
+        snapshot was taken in goes on from there, its earlier frames skipped; another file after a restore is dated as a camera.
+        Without a restore, a file keeps its own time.
+        """
+        name = _name_of(source)
+        restored_s, self._position_s = self._position_s, None
+        elsewhere = source.uri.is_camera or name != self._source
+        self._source = name
+        known = [frame for frame in (self._newest, self._follows) if frame is not None]
+        if not known or (restored_s is None and not source.uri.is_camera):
+            return iter(source)
+        if elsewhere or restored_s is None:
+            return resume.after(max(known, key=lambda frame: frame.time_s), source)
+        return resume.beyond(restored_s, source)
+
+    def log_features(self, log: FeatureLog, *, on_error: Callable[[KeepsightError], None] | None = None) -> None:
+        """Log features of every frame that is due from here on; cameras are dated behind what the log has.
+
+        Args:
+            log: open for writing; close it after the session.
+            on_error: called where a record can't be written; by default the error stops what feeds the session.
+        """
+        if log.newest is not None:
+            self._follows = SavedFrame(
+                np.zeros((0, 0, 3), np.uint8), log.newest.time_s, log.newest.wall_s, log.newest.index
+            ).as_frame()
+
+        def offer(features: Tensor, frame: Frame) -> None:
+            wall_s = time.time() - (time.monotonic() - frame.captured_at)
+            try:
+                log.offer(features, time_s=frame.time_s, index=frame.index, wall_s=wall_s)
+            except KeepsightError as error:
+                if on_error is None:
+                    raise
+                on_error(error)
+
+        self.observe(offer)
+
+    def recall(self, log: FeatureLog, since_s: float, until_s: float) -> Session:
+        """A session over an exact memory of an interval: as if its stream had begun there, one frame for each record.
+
+        It shares graphs, language model and lock with this one, and is asked in words (a replay), not watched. Close this one
+        alone.
+
+        Raises:
+            UsageError: the log has nothing from then.
+            SnapshotError: a record of the interval is damaged.
+        """
+        recalled = copy.copy(self)
+        recalled._qformer = self._qformer.with_empty_bank()
+        recalled._close, recalled._watcher = ExitStack(), None
+        recalled._standing, recalled._observers, recalled._parts, recalled._unclaimed = [], [], {}, {}
+        recalled._newest, recalled._cost = None, FrameCost(0.0, 0.0, 0.0)
+        for record in log.read(since_s, until_s):
+            with self._memory_lock:
+                recalled._qformer.remember(record.features.astype(np.float32), record.time_s)
+            no_image = np.zeros((0, 0, 3), np.uint8)
+            recalled._newest = SavedFrame(no_image, record.time_s, record.wall_s, record.index).as_frame()
+        if recalled._newest is None:
+            covered = log.covers_s
+            has = "is empty" if covered is None else f"covers {covered[0]:.1f} s to {covered[1]:.1f} s"
+            raise UsageError(
+                f"the feature log has nothing from {since_s:g} s to {until_s:g} s: it {has}.", fix="Ask about another time."
+            )
+        return recalled
 
     # -- live ------------------------------------------------------------------------------------------------------
 
@@ -324,7 +506,7 @@ class Watcher:
     def _run(self) -> None:
         try:
             with self.source:
-                for frame in self.source:
+                for frame in self._session.continued(self.source):
                     self._session.see(frame)
                     if self._on_frame is not None:
                         self._on_frame(frame)
@@ -337,6 +519,11 @@ class Watcher:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
+
+
+def _name_of(source: Source) -> str:
+    uri = source.uri
+    return uri.redacted if uri.is_camera else str(Path(uri.location).resolve())
 
 
 def load_llm(bundle: Bundle, threads: int | None = None) -> LLM:

@@ -14,7 +14,8 @@ KeepsightError                                         1  internal
 ├── LLMError              (RuntimeError)              11  llm
 ├── DatasetError          (ValueError)                12  dataset
 ├── CheckpointError       (ValueError)                13  checkpoint
-└── ParityError           (ArithmeticError)           14  parity
+├── ParityError           (ArithmeticError)           14  parity
+└── SnapshotError         (ValueError)                15  snapshot
 ```
 
 The built-in beside each name is its second base, so code that knows only Python can still catch it. The number is
@@ -38,6 +39,7 @@ __all__ = [
     "MissingModelError",
     "NoFrameError",
     "ParityError",
+    "SnapshotError",
     "SourceLostError",
     "SourceNotFoundError",
     "SourceUnreadableError",
@@ -164,3 +166,10 @@ class ParityError(KeepsightError, ArithmeticError):
 
     exit_code: ClassVar[int] = 14
     kind: ClassVar[str] = "parity"
+
+
+class SnapshotError(KeepsightError, ValueError):
+    """A saved memory is damaged, of another bundle or of a newer version, or can't be written."""
+
+    exit_code: ClassVar[int] = 15
+    kind: ClassVar[str] = "snapshot"

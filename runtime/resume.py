@@ -1,0 +1,36 @@
+"""Time goes on: the frames of a source, dated so that they follow what a memory has already seen.
+
+A source's own time starts at 0 whenever it is opened, and a memory's time never goes back. One rule serves a restart and a
+camera that was lost and came back: the first new frame lies as many seconds after the newest remembered one as passed between
+their captures, and from there on the source's own time is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from keepsight.streams import Frame
+
+__all__ = ["after", "beyond"]
+
+
+def after(newest: Frame, frames: Iterable[Frame]) -> Iterator[Frame]:
+    """Frames of a live source behind `newest`; a gap of less than nothing (a clock that went back) is none.
+
+    Args:
+        newest: the newest frame remembered, its `captured_at` on the clock of this process.
+        frames: of the source, on their own time.
+    """
+    offset_s: float | None = None
+    for frame in frames:
+        if offset_s is None:
+            gap_s = max(frame.captured_at - newest.captured_at, 0.0)
+            offset_s = newest.time_s + gap_s - frame.time_s
+        # Adding may round below the newest frame's time where there is no gap at all.
+        yield replace(frame, time_s=max(offset_s + frame.time_s, newest.time_s))
+
+
+def beyond(time_s: float, frames: Iterable[Frame]) -> Iterator[Frame]:
+    """Frames of a file that was seen up to `time_s`: those after it, on the file's own time."""
+    return (frame for frame in frames if frame.time_s > time_s)
