@@ -132,7 +132,7 @@ class QFormer:
         self._visual = {}
 
     def with_empty_bank(self) -> QFormer:
-        """The same graphs over a visual bank of its own on the host, for a replay over other frames. Close the first one alone."""
+        """The same graphs over another visual bank, on the host, for a replay over other frames. Close the first one alone."""
         other = copy.copy(self)
         other.bank, other._visual = visual_bank(self.dims, policy=self.policy), {}
         return other

@@ -31,7 +31,7 @@ class Banks:
     """A bank on the host and one on a "device", of one shape; frames for both come from `frame`."""
 
     def __init__(
-        self, folder: Path, *, slots: int, tokens: int, channels: int, groups: int, rider_groups: int, hidden: int, **options: object
+        self, folder: Path, *, slots: int, tokens: int, channels: int, groups: int, rider_groups: int, hidden: int, **options: Any
     ) -> None:
         riders = {name: Rider(rider_groups, hidden) for name in ("cross_k", "cross_v")}
         path = folder / "memory.onnx"

@@ -83,18 +83,23 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     return log
 
 
+def clear(copied: dict[str, list[int]]) -> None:
+    for sizes in copied.values():
+        sizes.clear()
+
+
 def test_features_keys_and_values_never_leave_the_device(built: Bundle, copied: dict[str, list[int]]) -> None:
     dims = built.manifest.dims
     with open_engines(built, "tensorrt") as engines:
         qformer = QFormer(built, engines=engines)
         standing = [qformer.stand(qformer.prompt(question)) for question in (QUESTION, "is there a circle?")]
         for index, frame in enumerate(FRAMES):
-            for sizes in copied.values():
-                sizes.clear()
+            clear(copied)
             qformer.remember(qformer.encode(frame[None])[0], float(index))
             by_slot, by_token = 4 * dims.slots * dims.tokens, 4 * dims.tokens
             # Order and sizes there; which pairs were merged, and whether all is finite, back.
             assert copied == {"in": [frame.nbytes, by_slot, by_slot, by_token, by_token], "out": [by_token] * 2, "within": []}
+            clear(copied)
             for carried in standing:
                 carried.step(float(index))
             standing[0].answer()
