@@ -11,10 +11,12 @@ import torch
 
 from keepsight.export.efficientnet import CHANNELS, GRID, IMAGE_SIZE
 from keepsight.export.graphs import export_qformer
+from keepsight.export.memory_graph import write_memory_graph
 from keepsight.export.onnxfile import round_to_half
 from keepsight.export.qformer import QFormer
 from keepsight.export.streamset import Basis
 from keepsight.export.weights import store_weights
+from keepsight.runtime.device_bank import MEMORY
 from keepsight.runtime.manifest import (
     Decoding,
     Dims,
@@ -108,11 +110,12 @@ def write_bundle(
         templates=Templates(qformer="{question}", llm=CHATML),
         decoding=Decoding(max_tokens=24, stop=("\n",)),
         positions=OrderInfo(time_buckets=config.time_buckets),
-        graphs={graph: GraphInfo(files={"fp32": f"{graph}.onnx"}) for graph in ("vision", *graphs)},
+        graphs={graph: GraphInfo(files={"fp32": f"{graph}.onnx"}) for graph in ("vision", *graphs, MEMORY)},
         variants=("fp32",),
         llm=llm,
         tokenizer="tokenizer.json",
         licences=LICENCES,
         provenance=provenance,
     )  # fmt: skip
+    write_memory_graph(folder, manifest.dims)
     return write_manifest(folder, manifest)

@@ -17,10 +17,12 @@ from keepsight.export.eva import EvaVision
 from keepsight.export.graphs import GRAPHS, export_qformer
 from keepsight.export.llama_gguf import LanguageSource, LlamaConfig, open_llama, with_lora, write_gguf
 from keepsight.export.llama_reference import check_gguf
+from keepsight.export.memory_graph import write_memory_graph
 from keepsight.export.qformer import QFormer, QFormerConfig
 from keepsight.export.streamed import export_streamed
 from keepsight.export.weights import store_weights
 from keepsight.export.wordpiece import write_text_tokenizer
+from keepsight.runtime.device_bank import MEMORY
 from keepsight.runtime.gguf_cache import QUANTISATIONS, quantise
 from keepsight.runtime.gguf_rows import find_matrix
 from keepsight.runtime.manifest import (
@@ -233,7 +235,9 @@ def _write(
     if tokenizer is not None and qformer.config.vocab:
         write_text_tokenizer(tokenizer, folder / TOKENIZER_FILE, rows=qformer.config.vocab)
     llm = _language_model(options, checkpoint.name, folder, progress)
-    return write_manifest(folder, manifest_of(checkpoint, folder.name.removesuffix(".part"), positions, options, llm))
+    manifest = manifest_of(checkpoint, folder.name.removesuffix(".part"), positions, options, llm)
+    write_memory_graph(folder, manifest.dims)
+    return write_manifest(folder, manifest)
 
 
 def manifest_of(
@@ -254,7 +258,7 @@ def manifest_of(
         templates=_templates(checkpoint, options),
         decoding=Decoding(max_tokens=256, beams=5, repetition_penalty=1.5),
         positions=positions,
-        graphs={name: GraphInfo(files={options.precision: f"{name}.onnx"}) for name in ("vision", *GRAPHS)},
+        graphs={name: GraphInfo(files={options.precision: f"{name}.onnx"}) for name in ("vision", *GRAPHS, MEMORY)},
         variants=(options.precision,),
         llm=llm,
         tokenizer=TOKENIZER_FILE if config.vocab else None,

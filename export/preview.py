@@ -20,6 +20,7 @@ from keepsight.export.convert import (
 )
 from keepsight.export.graph_sizes import File, GraphSizes
 from keepsight.export.llama_gguf import GGUFLayout, LanguageSource, gguf_layout
+from keepsight.export.memory_graph import MEMORY_FILE, memory_graph_bytes
 from keepsight.export.wordpiece import text_tokenizer
 from keepsight.runtime.boards import Board, boards
 from keepsight.runtime.footprint import Fit, Footprint, LanguageShape, banks, engines, fit, language, program
@@ -91,6 +92,7 @@ def preview(checkpoint: Checkpoint, out: Path, options: Conversion) -> Preview:
         files.append(File(LLM_FILE, llm.bytes, "exact"))
         info = LLMInfo(file=LLM_FILE, sha256=_HASH, licence="see the model's own")
     manifest = manifest_of(checkpoint, out.name, position_policy(checkpoint), options, info)
+    files.append(File(MEMORY_FILE, len(memory_graph_bytes(manifest.dims)), "exact"))
     manifest = manifest.model_copy(update={"files": {file.name: _HASH for file in files}})
     files.append(File(MANIFEST, len(manifest_text(manifest).encode()), "exact"))
     footprint = sizes.footprint(manifest, options)

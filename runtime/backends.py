@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Literal
 
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cuda import CudaStream
+from keepsight.runtime.device import DeviceBuffer
+from keepsight.runtime.device_bank import MEMORY, OTHER_TURN, VISUAL_RIDERS
 from keepsight.runtime.engine import Engine, OnnxRuntimeEngine
 from keepsight.runtime.engine_store import find_engine
 from keepsight.runtime.tensorrt_build import this_target
@@ -28,10 +30,14 @@ class Engines(Mapping[str, Engine]):
     Args:
         graphs: the engines; closed with this.
         shared: what to close after them.
+        memory: the graph `memory` on a device, as `DeviceMemoryBank` takes it; none where banks are on the host, which is
+            everywhere but on TensorRT, and there with a bundle that was exported without that graph.
     """
 
-    def __init__(self, graphs: Mapping[str, Engine], shared: ExitStack | None = None) -> None:
-        self._graphs, self._shared = graphs, shared
+    def __init__(
+        self, graphs: Mapping[str, Engine], shared: ExitStack | None = None, *, memory: Sequence[Engine] = ()
+    ) -> None:
+        self._graphs, self._shared, self.memory = graphs, shared, tuple(memory)
 
     def __getitem__(self, name: str) -> Engine:
         return self._graphs[name]
@@ -52,7 +58,7 @@ class Engines(Mapping[str, Engine]):
 
     def close(self) -> None:
         """Give everything back; closing twice is no error."""
-        for engine in self._graphs.values():
+        for engine in (*self.memory, *self._graphs.values()):
             engine.close()
         if self._shared is not None:
             self._shared.close()
@@ -94,11 +100,19 @@ def _on_tensorrt(bundle: Bundle, cuda_graphs: bool) -> Engines:
             plans = {name: load_plan(file, trt) for name, file in files.items()}
             scratch = stream.allocate(max(plan.scratch_bytes for plan in plans.values()))
         stack.callback(_free, stream, scratch)
-        engines = {
-            name: stack.enter_context(TensorRTEngine(plan, stream, scratch=scratch, cuda_graphs=cuda_graphs))
-            for name, plan in plans.items()
-        }
-        return Engines(engines, stack.pop_all())
+
+        def load(name: str, buffers: Mapping[str, DeviceBuffer]) -> TensorRTEngine:
+            engine = TensorRTEngine(plans[name], stream, scratch=scratch, cuda_graphs=cuda_graphs, buffers=buffers)
+            return stack.enter_context(engine)
+
+        memory, lent = [], dict[str, dict[str, DeviceBuffer]]()
+        if MEMORY in plans:
+            first = load(MEMORY, {})
+            memory = [first, load(MEMORY, {name: first.buffers[OTHER_TURN.get(name, name)] for name in first.buffers})]
+            # `step` reads the bank where it is, and needs no room for a copy. `replay` may be asked about another bank.
+            lent["step"] = {name: first.buffers[f"bank_{name}"] for name in VISUAL_RIDERS}
+        engines = {name: memory[0] if memory and name == MEMORY else load(name, lent.get(name, {})) for name in plans}
+        return Engines(engines, stack.pop_all(), memory=memory)
 
 
 def _free(stream: CudaStream, address: int) -> None:

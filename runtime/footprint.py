@@ -2,7 +2,8 @@
 
 A board has one memory for CPU and GPU. The parts are those of a process that runs the graphs as TensorRT engines and the
 language model in llama.cpp, all its layers on the GPU: each engine holds its weights and a copy of its inputs and outputs, and
-all share room for activations; the banks live on the host. Each part says how it is known.
+all share room for activations; the visual bank is the inputs and outputs of `memory`, and the query banks live on the host. Each
+part says how it is known.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from math import prod
 from typing import Literal
 
 from keepsight.runtime.boards import Board, process
+from keepsight.runtime.device_bank import MEMORY, VISUAL_RIDERS
 from keepsight.runtime.manifest import Dims
 from keepsight.runtime.sequences import SEQUENCES
 from keepsight.streams.errors import LLMError
@@ -129,12 +131,15 @@ def program() -> tuple[Part, ...]:
 
 
 def banks(dims: Dims, *, standing: int = 1) -> tuple[Part, ...]:
-    """The visual bank, and a query bank for each standing question of the largest text bucket, as `MemoryBank` holds them."""
-    crosses, banked, rows = len(dims.cross_layers), dims.banked_layers, dims.queries + dims.text_buckets[-1]
-    visual = _bank_bytes(dims.slots, dims.tokens, 1, dims.channels, riders=(crosses, dims.hidden))
-    query = _bank_bytes(dims.slots, rows, banked, dims.hidden, riders=(banked, dims.hidden))
+    """What the host holds: order, sizes and times of the visual bank, whose features are on the device, and a query bank for each
+    standing question of the largest text bucket.
+    """
+    banked, rows = dims.banked_layers, dims.queries + dims.text_buckets[-1]
+    visual = _bank_bytes(dims.slots, dims.tokens, 1, 1)
+    query = _bank_bytes(dims.slots, rows, banked, dims.hidden, riders=((banked, dims.hidden),) * 2)
     questions = "a standing question" if standing == 1 else f"{standing} standing questions"
-    return (Part("visual memory", visual, "exact"), Part(f"memory of {questions}", standing * query, "exact"))
+    books = Part("order and times of the visual memory", visual, "exact")
+    return (books, Part(f"memory of {questions}", standing * query, "exact"))
 
 
 def engines(dims: Dims, weights: Mapping[str, int]) -> tuple[Part, ...]:
@@ -145,11 +150,11 @@ def engines(dims: Dims, weights: Mapping[str, int]) -> tuple[Part, ...]:
     """
     tensors = graph_tensors(dims)
     graphs = [name for name in weights if name != "vision"]
-    copies = sum(_tensor_bytes(name, tensors[name]) for name in weights)
+    copies = sum(_tensor_bytes(name, _own(name, tensors[name])) for name in (*weights, MEMORY))
     return (
         Part("engine of the visual encoder", round(_VISION_ENGINE * weights["vision"]), "estimated"),
         Part(f"{len(graphs)} engines of the Q-Former", round(_QFORMER_ENGINE * sum(weights[n] for n in graphs)), "estimated"),
-        Part("inputs and outputs on the device", copies, "exact"),
+        Part("inputs and outputs on the device, the visual memory among them", copies, "exact"),
         Part("activations", max(_activations(dims, name) for name in weights), "estimated"),
     )
 
@@ -202,12 +207,28 @@ def graph_tensors(dims: Dims) -> dict[str, Tensors]:
             "prompt_state": state, "cross_k": visual, "cross_v": visual, "rank": seen, "bucket": (slots, slots, tokens),
             "step_mask": (slots,), "text_mask": (text,), **said,
         },
+        MEMORY: _memory_tensors(dims),
     }  # fmt: skip
 
 
-def _bank_bytes(slots: int, tokens: int, groups: int, channels: int, *, riders: tuple[int, int]) -> int:
-    """`MemoryBank.nbytes` of a float32 bank with two riders of (groups, channels), without making it."""
-    rows = [(groups, channels), riders, riders]
+def _memory_tensors(dims: Dims) -> Tensors:
+    crosses, tokens, hidden, by_slot = len(dims.cross_layers), dims.tokens, dims.hidden, (1, dims.slots, dims.tokens)
+    keys = (crosses, dims.slots, tokens, hidden)
+    kept = {"features": (*by_slot, dims.channels), "cross_k": keys, "cross_v": keys, "similarity": by_slot, "norms": by_slot}
+    rows = dict.fromkeys(VISUAL_RIDERS, (crosses, tokens, hidden))
+    small = dict.fromkeys(("position", "sizes"), by_slot) | dict.fromkeys(("pair", "entry", "merged", "magnitude"), (1, tokens))
+    halves = {f"{half}_{name}": shape for half in ("bank", "next") for name, shape in kept.items()}
+    return {"features": (tokens, dims.channels), **rows, **halves, **small}
+
+
+def _own(graph: str, tensors: Tensors) -> Tensors:
+    """Those of an engine that it has room of its own for: `step` reads the bank where it is."""
+    return {name: shape for name, shape in tensors.items() if graph != "step" or name not in VISUAL_RIDERS}
+
+
+def _bank_bytes(slots: int, tokens: int, groups: int, channels: int, *, riders: tuple[tuple[int, int], ...] = ()) -> int:
+    """`MemoryBank.nbytes` of a float32 bank with riders of (groups, channels), without making it."""
+    rows = [(groups, channels), *riders]
     stored = sum(count * (slots + 2) * tokens * width for count, width in rows)  # and two scratch slots each
     scratch = 3 * groups * tokens * channels
     small = 6 * slots + 1  # sizes, first and last moment, norms, similarities, order; the last merge

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.device_bank import MEMORY
 from keepsight.streams.errors import MissingModelError
 
 
@@ -36,6 +37,13 @@ def _language_model(bundle: Bundle) -> dict[str, Any]:
     return {"status": "checked", "path": str(path), "bytes": path.stat().st_size, "quantise": info.quantise}
 
 
+def _memory(manifest: Any) -> str:
+    """Where the visual memory is."""
+    if MEMORY in manifest["graphs"]:
+        return "the visual memory is on the GPU with TensorRT, else on the host"
+    return "no graph `memory`: the visual memory is on the host with every backend (an export of this version writes one)"
+
+
 def print_report(report: dict[str, Any]) -> None:
     """`describe`'s report as tables."""
     manifest, console = report["manifest"], Console()
@@ -46,6 +54,7 @@ def print_report(report: dict[str, Any]) -> None:
         f"{dims['queries']} queries, memory of {dims['memory_length']} slots, {manifest['sample_fps']:g} frames/s, "
         f"positions {manifest['positions']['policy']!r}"
     )
+    console.print(f"graphs: {', '.join(manifest['graphs'])}; {_memory(manifest)}")
     files = Table("file", "bytes", "sha256")
     for name, size in report["bytes"].items():
         files.add_row(name, f"{size:,}", manifest["files"][name][:16] + "… checked")

@@ -311,7 +311,7 @@ class Manifest(_Part):
         name: of the bundle.
         system: which reference's memory and loop it follows.
         sample_fps: frames per second that go into the memory.
-        graphs: vision, visual_kv, prompt, step, answer, replay.
+        graphs: vision, visual_kv, prompt, step, answer, replay; and memory, without which banks stay on the host everywhere.
         variants: precisions that every graph comes in; the first is the default.
         llm: None for a bundle that ends at the soft prompt.
         tokenizer: of the Q-Former's text, a `tokenizers` file; None for a Q-Former without text.

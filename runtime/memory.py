@@ -236,6 +236,16 @@ class MemoryBank:
         return self._count
 
     @property
+    def room_due(self) -> bool:
+        """Whether the newest frame's room is still to be made: by the next :meth:`append`, or before it by :meth:`settle`."""
+        return self._count > self._stored
+
+    @property
+    def free_slot(self) -> IndexArray:
+        """The slot that the next frame takes, [G, n]; only where no room is due."""
+        return self._order[:, self._count]
+
+    @property
     def visible(self) -> npt.NDArray[np.bool_]:
         """Slots in use, [G, S, n] bool."""
         return self.sizes > 0
@@ -303,7 +313,7 @@ class MemoryBank:
         """
         rows = _checked_rows("features", features, (self.groups, self.tokens, self.channels), self.dtype)
         rider_rows = self._checked_riders(riders or {})
-        self._check_time(time_s)
+        self.check_time(time_s)
         np.copyto(self._new64, rows)
         norms = _norm(self._new64)
         if not np.isfinite(norms).all():
@@ -336,9 +346,10 @@ class MemoryBank:
             self._drop_oldest()
         else:
             own = self._pair_to_merge(self._similarity[:, : self._count - 1])
-            self._merge(own if pair is None else self._checked_pair(pair))
+            self._merge(own if pair is None else self.checked_pair(pair))
 
-    def _checked_pair(self, pair: npt.ArrayLike) -> IndexArray:
+    def checked_pair(self, pair: npt.ArrayLike) -> IndexArray:
+        """A forced merge as :meth:`settle` takes it; raises UsageError for one that is not in the bank."""
         chosen = np.asarray(pair, dtype=np.intp)
         if chosen.shape != (self.groups, self.tokens) or not ((chosen >= 0) & (chosen < self._count - 1)).all():
             raise UsageError(
@@ -510,7 +521,8 @@ class MemoryBank:
             for name, rows in riders.items()
         }
 
-    def _check_time(self, time_s: float) -> None:
+    def check_time(self, time_s: float) -> None:
+        """Raise UsageError for a moment that :meth:`append` would refuse."""
         if not math.isfinite(time_s):
             raise UsageError(f"frame time is {time_s}.", fix="Give seconds on a monotonic clock.")
         if time_s < self._newest_s:

@@ -22,8 +22,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from keepsight.runtime.bank import Bank
 from keepsight.runtime.manifest import AgeInfo, CurrentInfo, Manifest, OrderInfo
-from keepsight.runtime.memory import MemoryBank
 from keepsight.streams.errors import UsageError
 
 __all__ = [
@@ -51,15 +51,15 @@ class PositionPolicy(Protocol):
         """P, rows of the position table; bucket 0 is no position."""
         ...
 
-    def step(self, bank: MemoryBank) -> Int32:
+    def step(self, bank: Bank) -> Int32:
         """Buckets at the newest frame, [S, N] int32; 0 where a slot is out of use."""
         ...
 
-    def answer(self, bank: MemoryBank) -> Int32 | None:
+    def answer(self, bank: Bank) -> Int32 | None:
         """Buckets [S, N] int32 of the pass that makes an answer; None: those of `step`, whose pass will do."""
         ...
 
-    def replay(self, bank: MemoryBank, visible: Bool | None = None) -> Int32:
+    def replay(self, bank: Bank, visible: Bool | None = None) -> Int32:
         """Buckets at each step of a replay over the visible slots, [S_step, S_slot, N] int32; 0 where not read.
 
         Args:
@@ -78,14 +78,14 @@ class NonePositions:
         """P = 1."""
         return 1
 
-    def step(self, bank: MemoryBank) -> Int32:
+    def step(self, bank: Bank) -> Int32:
         """See :meth:`PositionPolicy.step`."""
         return np.zeros(_visual(bank).visible.shape[1:], dtype=np.int32)
 
-    def answer(self, bank: MemoryBank) -> None:
+    def answer(self, bank: Bank) -> None:
         """See :meth:`PositionPolicy.answer`."""
 
-    def replay(self, bank: MemoryBank, visible: Bool | None = None) -> Int32:
+    def replay(self, bank: Bank, visible: Bool | None = None) -> Int32:
         """See :meth:`PositionPolicy.replay`."""
         slots, tokens = _visual(bank).visible.shape[1:]
         return np.zeros((slots, slots, tokens), dtype=np.int32)
@@ -105,15 +105,15 @@ class CurrentPositions:
         """P = 2."""
         return 2
 
-    def step(self, bank: MemoryBank) -> Int32:
+    def step(self, bank: Bank) -> Int32:
         """See :meth:`PositionPolicy.step`: no marker in what is banked."""
         return np.zeros(_visual(bank).visible.shape[1:], dtype=np.int32)
 
-    def answer(self, bank: MemoryBank) -> Int32:
+    def answer(self, bank: Bank) -> Int32:
         """See :meth:`PositionPolicy.answer`."""
         return _newest(ranks(bank))
 
-    def replay(self, bank: MemoryBank, visible: Bool | None = None) -> Int32:
+    def replay(self, bank: Bank, visible: Bool | None = None) -> Int32:
         """See :meth:`PositionPolicy.replay`: the last step alone has the marker."""
         marked = _newest(ranks(bank, visible))
         buckets = np.zeros((len(marked), *marked.shape), dtype=np.int32)
@@ -153,14 +153,14 @@ class OrderPositions:
         """P = 1 + S * U."""
         return 1 + self.slots * self.time_buckets
 
-    def step(self, bank: MemoryBank) -> Int32:
+    def step(self, bank: Bank) -> Int32:
         """See :meth:`PositionPolicy.step`."""
         return self._at(_Remembered.of(bank), np.array([bank.slots - 1]))[0]
 
-    def answer(self, bank: MemoryBank) -> None:
+    def answer(self, bank: Bank) -> None:
         """See :meth:`PositionPolicy.answer`."""
 
-    def replay(self, bank: MemoryBank, visible: Bool | None = None) -> Int32:
+    def replay(self, bank: Bank, visible: Bool | None = None) -> Int32:
         """See :meth:`PositionPolicy.replay`."""
         return self._at(_Remembered.of(bank, visible), np.arange(bank.slots))
 
@@ -199,14 +199,14 @@ class AgePositions:
         """P = 2 + number of edges."""
         return len(self.edges_s) + 2
 
-    def step(self, bank: MemoryBank) -> Int32:
+    def step(self, bank: Bank) -> Int32:
         """See :meth:`PositionPolicy.step`."""
         return self._at(_Remembered.of(bank), np.array([bank.slots - 1]))[0]
 
-    def answer(self, bank: MemoryBank) -> None:
+    def answer(self, bank: Bank) -> None:
         """See :meth:`PositionPolicy.answer`."""
 
-    def replay(self, bank: MemoryBank, visible: Bool | None = None) -> Int32:
+    def replay(self, bank: Bank, visible: Bool | None = None) -> Int32:
         """See :meth:`PositionPolicy.replay`."""
         return self._at(_Remembered.of(bank, visible), np.arange(bank.slots))
 
@@ -228,7 +228,7 @@ def position_policy(manifest: Manifest) -> PositionPolicy:
     return NonePositions()
 
 
-def ranks(bank: MemoryBank, visible: Bool | None = None) -> Int32:
+def ranks(bank: Bank, visible: Bool | None = None) -> Int32:
     """Place in time of each slot for each token, [S, N] int32: the replay graph's `rank`.
 
     Right-aligned: a token's newest slot has rank S-1, the one before it S-2, and so on; -1 = not visible.
@@ -266,7 +266,7 @@ class _Remembered:
     first_by_rank: Float64  # [S, N]
 
     @classmethod
-    def of(cls, bank: MemoryBank, visible: Bool | None = None) -> _Remembered:
+    def of(cls, bank: Bank, visible: Bool | None = None) -> _Remembered:
         rank = ranks(bank, visible)
         used, (slot, token) = rank[rank >= 0], np.nonzero(rank >= 0)
         first_by_rank, last_by_rank = np.full(rank.shape, np.nan), np.full(rank.shape, np.nan)
@@ -295,7 +295,7 @@ def _newest(rank: Int32) -> Int32:
     return (rank == len(rank) - 1).astype(np.int32)
 
 
-def _visual(bank: MemoryBank) -> MemoryBank:
+def _visual(bank: Bank) -> Bank:
     if bank.groups != 1:
         raise UsageError(f"positions are of a visual bank, of one group; this one has {bank.groups}.")
     return bank

@@ -8,16 +8,19 @@ reading, so that a question between two frames sees what the reference would see
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from keepsight.runtime.backends import Engines, open_engines
+from keepsight.runtime.bank import Bank
 from keepsight.runtime.bank_state import RIDER, rows_in_order
 from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.device_bank import DeviceMemoryBank, visual_bank
 from keepsight.runtime.engine import Tensor, check_finite
 from keepsight.runtime.memory import MemoryBank, Policy, Rider
 from keepsight.runtime.position_table import position_table
@@ -25,6 +28,8 @@ from keepsight.runtime.positions import position_policy, ranks, step_mask
 from keepsight.streams.errors import BundleError, UsageError
 
 Float32 = NDArray[np.float32]
+
+_log = logging.getLogger("keepsight.qformer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +80,16 @@ class QFormer:
         dims = bundle.manifest.dims
         self.dims = dims
         self._engines = open_engines(bundle, threads=threads) if engines is None else engines
-        self.bank = self._empty_bank()
+        self.bank: Bank = visual_bank(dims, self._engines.memory, policy=memory)
+        _log.info("the visual memory of %s is on the %s", bundle.manifest.name, self.bank_on)
         self._positions = position_policy(bundle.manifest)
         self._table = position_table(bundle)
         self._visual: dict[str, Tensor] = {}
+
+    @property
+    def bank_on(self) -> Literal["host", "device"]:
+        """Where the visual bank is: on the GPU with TensorRT, if the bundle has the graph `memory`."""
+        return "device" if isinstance(self.bank, DeviceMemoryBank) else "host"
 
     def encode(self, images: NDArray[np.uint8]) -> Tensor:
         """Features float32 `[B, N, C]` of frames uint8 `[B, H, W, 3]`, after ln_vision.
@@ -94,9 +105,14 @@ class QFormer:
             EngineError: features that are not finite, or that a later frame has overwritten.
             UsageError: the stream is longer than the bundle's table of positions, if it has one.
         """
-        if self._table is not None:
+        if self._table is not None:  # on the host, also for a bank on a device
             features = self._table.added(features, self.bank.frames_seen)
-        riders = self._engines["visual_kv"].run({"features": features})
+        visual_kv = self._engines["visual_kv"]
+        if self.bank_on == "device":  # the graph that updates the bank says whether all is finite
+            self.bank.append(features, time_s=time_s, riders=visual_kv.enqueue({"features": features}))
+            self._visual = {}
+            return
+        riders = visual_kv.run({"features": features})
         banked = np.asarray(features)
         check_finite("vision", {"features": banked})
         self.bank.append(banked, time_s=time_s, riders=riders)
@@ -121,9 +137,9 @@ class QFormer:
         self._visual = {}
 
     def with_empty_bank(self) -> QFormer:
-        """The same graphs over a visual bank of its own, for a replay over other frames. Close the first one alone."""
+        """The same graphs over another visual bank, on the host, for a replay over other frames. Close the first one alone."""
         other = copy.copy(self)
-        other.bank, other._visual = self._empty_bank(), {}
+        other.bank, other._visual = visual_bank(self.dims, policy=self.policy), {}
         return other
 
     def prompt(self, text: str) -> Prompt:
@@ -164,13 +180,13 @@ class QFormer:
     def visual_inputs(self) -> dict[str, Tensor]:
         """What `step` reads of the visual bank, the newest frame included: made once a frame for all standing questions.
 
-        Keys and values are arrays of the bank itself, not copies; a device gets its copy once a frame.
+        Keys and values are those of the bank itself, not copies; a device that has no bank of its own gets its copy once a frame.
         """
         self._check_not_empty()
         if not self._visual:
             step = self._engines["step"]
             self._visual = {
-                **{name: step.place(name, self.bank.riders[name]) for name in ("cross_k", "cross_v")},
+                **{name: keys if self.bank_on == "device" else step.place(name, keys) for name, keys in self.bank.riders.items()},
                 "visual_mask": self.bank.visible[0].astype(np.float32), "bucket": self._positions.step(self.bank),
             }  # fmt: skip
         return self._visual
@@ -189,21 +205,10 @@ class QFormer:
         """Give the engines back."""
         self._engines.close()
 
-    def _empty_bank(self) -> MemoryBank:
-        dims = self.dims
-        crosses = len(dims.cross_layers)
-        return MemoryBank(
-            length=dims.memory_length,
-            tokens=dims.tokens,
-            channels=dims.channels,
-            riders={name: Rider(crosses, dims.hidden) for name in ("cross_k", "cross_v")},
-            policy=self.policy,
-        )
-
     def _riders_of(self, features: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Keys and values `[X, used, N, H]` of banked features `[1, used, N, C]`, one slot at a time as they first came."""
         if not features.shape[1]:
-            return {RIDER + name: values[:, :0] for name, values in self.bank.riders.items()}
+            return {RIDER + name: np.asarray(values)[:, :0] for name, values in self.bank.riders.items()}
         runs = [self._engines["visual_kv"].run({"features": rows}) for rows in features[0]]
         return {RIDER + name: np.stack([run[name] for run in runs], axis=1) for name in self.bank.riders}
 

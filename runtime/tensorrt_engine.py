@@ -25,6 +25,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 _ALIGNMENT = 256  # of every address that TensorRT is given (IExecutionContext.set_tensor_address)
 
+_TURNS = 2  # places that an input comes from in turn, each with a CUDA graph
+
 _NUMPY_OF_TENSORRT = {
     "FLOAT": np.float32,
     "HALF": np.float16,
@@ -83,26 +85,27 @@ def load_plan(path: str | Path, trt: Any) -> Plan:
 
 @dataclass(eq=False)
 class _Bucket:
-    """One optimisation profile with an execution context of its own, which never changes once it is bound: a CUDA graph
-    holds addresses and scratch memory as they were when it was captured.
+    """One optimisation profile with an execution context of its own, whose shapes never change: a CUDA graph holds addresses
+    and scratch memory as they were when it was captured.
 
     Attributes:
         shapes: of every input and output.
         bound: address by name, as the context has them.
-        ready: whether it has run since they changed. TensorRT may do work in that first run that no graph should repeat.
+        graphs: by the addresses that they were captured at, the latest used last; None = has run there once, without a graph.
+            TensorRT may do work in that first run that no graph should repeat.
     """
 
     context: Any
     shapes: Shapes
     bound: dict[str, int] = field(default_factory=dict)
-    ready: bool = False
-    graph: DeviceGraph | None = None
+    graphs: dict[tuple[int, ...], DeviceGraph | None] = field(default_factory=dict)
 
-    def forget_graph(self) -> None:
-        self.ready = False
-        if self.graph is not None:
-            self.graph.close()
-            self.graph = None
+    def forget_graphs(self, but: int = 0) -> None:
+        """Close all but so many, the latest used."""
+        while len(self.graphs) > but:
+            graph = self.graphs.pop(next(iter(self.graphs)))
+            if graph is not None:
+                graph.close()
 
 
 class TensorRTEngine:
@@ -110,10 +113,18 @@ class TensorRTEngine:
 
     Shapes are those of the engine's profiles, one per text bucket. Each has a context of its own, bound once to buffers that
     are made once, for the largest; a run allocates nothing. From a bucket's second run on, its kernels are launched as one CUDA
-    graph, until an input comes from elsewhere.
+    graph, until an input comes from elsewhere. Two places that take turns (a bank's two halves) have a graph each.
     """
 
-    def __init__(self, plan: Plan, stream: DeviceStream, *, scratch: int | None = None, cuda_graphs: bool = True) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        stream: DeviceStream,
+        *,
+        scratch: int | None = None,
+        cuda_graphs: bool = True,
+        buffers: Mapping[str, DeviceBuffer] | None = None,
+    ) -> None:
         """Prepare an engine to run.
 
         Args:
@@ -121,6 +132,7 @@ class TensorRTEngine:
             stream: what the engine runs on. Several engines may share it; none of them closes it.
             scratch: address of `plan.scratch_bytes` on the device, which engines on the same stream can share; None = its own.
             cuda_graphs: launch each bucket's kernels as one graph.
+            buffers: of another engine, to read or write in place of its own, by name of this one's input or output; not closed.
 
         Raises:
             EngineError: too little memory, or a tensor of a type that Keepsight does not handle.
@@ -129,7 +141,8 @@ class TensorRTEngine:
         self._log: TensorRTLog = log_of(plan.trt)
         self._closed = False
         self._own_scratch: int | None = None
-        self._buffers: dict[str, DeviceBuffer] = {}
+        self._buffers: dict[str, DeviceBuffer] = dict(buffers or {})
+        self._lent = frozenset(self._buffers)
         self._buckets: list[_Bucket] = []
         self.inputs, self.outputs = _specs(plan)
         try:
@@ -149,6 +162,11 @@ class TensorRTEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def buffers(self) -> Mapping[str, DeviceBuffer]:
+        """Where its inputs and outputs lie, by name."""
+        return self._buffers
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Array]:
         """See :meth:`Engine.run`. Further errors: shapes that no profile has, a tensor that has been overwritten."""
@@ -191,9 +209,10 @@ class TensorRTEngine:
         self._closed = True
         with self._stream:
             for bucket in self._buckets:
-                bucket.forget_graph()
-            for buffer in self._buffers.values():
-                buffer.close()
+                bucket.forget_graphs()
+            for name, buffer in self._buffers.items():
+                if name not in self._lent:
+                    buffer.close()
             if self._own_scratch is not None:
                 self._stream.free(self._own_scratch)
         self._buckets.clear()  # the contexts, before the engine that they are of
@@ -233,8 +252,6 @@ class TensorRTEngine:
 
     def _bind(self, bucket: _Bucket, addresses: Mapping[str, int]) -> None:
         changed = {name: address for name, address in addresses.items() if bucket.bound.get(name) != address}
-        if changed:
-            bucket.forget_graph()
         for name, address in changed.items():
             context = bucket.context
             if not context.set_tensor_address(name, address):
@@ -242,13 +259,16 @@ class TensorRTEngine:
             bucket.bound[name] = address
 
     def _launch(self, bucket: _Bucket) -> None:
-        if bucket.ready and self._graphs and bucket.graph is None:
-            bucket.graph = self._capture(bucket)
-        if bucket.graph is not None:
-            bucket.graph.launch()
+        place = tuple(bucket.bound.values())
+        has_run, graph = place in bucket.graphs, bucket.graphs.pop(place, None)
+        if has_run and self._graphs and graph is None:
+            graph = self._capture(bucket)
+        bucket.graphs[place] = graph
+        bucket.forget_graphs(but=_TURNS)
+        if graph is not None:
+            graph.launch()
         else:
             self._execute(bucket)
-        bucket.ready = True
 
     def _capture(self, bucket: _Bucket) -> DeviceGraph:
         try:
@@ -273,7 +293,8 @@ class TensorRTEngine:
         for index in range(engine.num_optimization_profiles):
             self._buckets.append(self._bucket(index, scratch))
         for name in (*self.inputs, *self.outputs):
-            self._buffers[name] = DeviceBuffer(name, self._stream, self._largest(name))
+            if name not in self._lent:
+                self._buffers[name] = DeviceBuffer(name, self._stream, self._largest(name))
 
     def _bucket(self, index: int, scratch: int) -> _Bucket:
         """A context for a profile, with its shapes set."""

@@ -68,7 +68,9 @@ def test_every_graph_reads_the_weights_that_were_said(precision: Precision, tmp_
     said = preview(model, tmp_path / "bundle", options).weights
     convert(model, tmp_path / "bundle", options)
     bundle = Bundle.open(tmp_path / "bundle")
-    assert {name: weight_bytes(bundle.graph_path(name)) for name in bundle.manifest.graphs} == pytest.approx(said, rel=0.01)
+    found = {name: weight_bytes(bundle.graph_path(name)) for name in bundle.manifest.graphs}
+    assert found.pop("memory") < 2000  # constants
+    assert found == pytest.approx(said, rel=0.01)
 
 
 @pytest.mark.parametrize("llm_type", ["F16", "Q8_0", "Q4_0", "Q4_K_M"])

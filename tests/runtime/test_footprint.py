@@ -29,11 +29,8 @@ def smaller(**changes: object) -> Dims:
 
 @pytest.mark.parametrize("dims", [DIMS, smaller(memory_length=3, text_buckets=(0,), layers=5, cross_layers=(0, 2, 4), tokens=9)])
 def test_the_banks_take_what_memory_banks_take(dims: Dims) -> None:
-    crosses, banked, rows = len(dims.cross_layers), dims.layers - 1, dims.queries + dims.text_buckets[-1]
-    visual = MemoryBank(
-        length=dims.memory_length, tokens=dims.tokens, channels=dims.channels,
-        riders={name: Rider(crosses, dims.hidden) for name in "kv"},
-    )  # fmt: skip
+    banked, rows = dims.layers - 1, dims.queries + dims.text_buckets[-1]
+    visual = MemoryBank(length=dims.memory_length, tokens=dims.tokens, channels=1)  # the books of one on the device
     query = MemoryBank(
         length=dims.memory_length, tokens=rows, channels=dims.hidden, groups=banked,
         riders={name: Rider(banked, dims.hidden) for name in "kv"}, current_outside=True,

@@ -26,7 +26,7 @@ from ..random_bundle import make_bundle
 from .fake_tensorrt import fake_tensorrt
 
 ORIN = Target(gpu="Orin", sm=87, library="tensorrt", version="10.3.0")
-GRAPHS = ("answer", "prompt", "replay", "step", "vision", "visual_kv")
+GRAPHS = ("answer", "memory", "prompt", "replay", "step", "vision", "visual_kv")
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def test_every_graph_is_built_once_and_not_again(bundle: Bundle) -> None:
     assert [(step.graph, step.state) for step in steps[:2]] == [("answer", "building"), ("answer", "built")]
     build_engines(Bundle.open(bundle.path), trt, ORIN, progress=steps.append)
     assert len(trt.record.built) == len(GRAPHS)
-    assert [str(step) for step in steps[-6:]] == [
-        f"[{index}/6] {name}: unchanged, 0.0 MB" for index, name in enumerate(bundle.manifest.graphs, 1)
+    assert [str(step) for step in steps[-7:]] == [
+        f"[{index}/7] {name}: unchanged, 0.0 MB" for index, name in enumerate(bundle.manifest.graphs, 1)
     ]
 
 
@@ -269,7 +269,7 @@ def test_every_graph_of_a_bundle_builds(rtx: Any, random_bundle: Path, which: st
     sizes = [{"batch": 1, "text": text, "rows": queries + text} for text in opened.manifest.dims.text_buckets]
     parsed = parse(rtx, opened.graph_path(graph))
     profiles = profiles_of(parsed, sizes)
-    assert len(profiles) == {"vision": 1, "visual_kv": 0}.get(graph, len(sizes))
+    assert len(profiles) == {"vision": 1, "visual_kv": 0, "memory": 0}.get(graph, len(sizes))
     assert build_plan(rtx, parsed, profiles, target=target_of(rtx, sm)).nbytes > 0
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cuda import CudaStream
-from keepsight.runtime.device import DeviceTensor
+from keepsight.runtime.device import DeviceBuffer, DeviceTensor
 from keepsight.runtime.engine import Engine, OnnxRuntimeEngine
 from keepsight.runtime.engine_store import Target, find_engine
 from keepsight.runtime.tensorrt_build import build_engines, this_target
@@ -26,7 +26,7 @@ from ..random_bundle import make_bundle
 from .fake_cuda import load_driver
 from .fake_tensorrt import fake_tensorrt
 
-GRAPHS = ("answer", "prompt", "replay", "step", "vision", "visual_kv")
+GRAPHS = ("answer", "memory", "prompt", "replay", "step", "vision", "visual_kv")
 ORIN = Target(gpu="Orin", sm=87, library="tensorrt", version="10.3.0")
 
 
@@ -68,7 +68,9 @@ def feeds_for(engine: Engine, text: int, queries: int, *, seed: int = 0) -> dict
     for name, spec in engine.inputs.items():
         free = 1 if name == "frames" else text if name.startswith("text_") else queries + text
         shape = tuple(free if size is None else size for size in spec.shape)
-        if spec.dtype.kind == "f":
+        if name == "position":  # every slot has its place in time
+            feeds[name] = np.broadcast_to(np.arange(shape[1], dtype=spec.dtype)[:, None], shape).copy()
+        elif spec.dtype.kind == "f":
             feeds[name] = (rng.random(shape) if "mask" in name else rng.normal(size=shape)).astype(spec.dtype)
         else:
             feeds[name] = rng.integers(0, 5, shape).astype(spec.dtype)
@@ -162,6 +164,50 @@ def test_what_a_graph_cannot_hold_ends_the_capture_and_the_stream_goes_on(stream
         stream.capture(stream.synchronize)
     with stream:
         stream.synchronize()
+
+
+def test_two_places_that_an_input_comes_from_in_turn_have_a_graph_each_and_a_third_one_closes_the_oldest(
+    bundle: Bundle, stream: CudaStream, driver: ctypes.CDLL
+) -> None:
+    rows = np.random.default_rng(0).normal(size=(3, 9, 48)).astype(np.float32)
+    with load(bundle, "visual_kv", stream) as engine, load(bundle, "visual_kv", stream) as other:
+        buffers = [DeviceBuffer(name, stream, rows[0].nbytes) for name in "abc"]
+        with stream:
+            for buffer, values in zip(buffers, rows, strict=True):
+                buffer.fill(values)
+        places = [DeviceTensor(buffer, (9, 48), rows.dtype, 0, buffer.writes) for buffer in buffers]
+        wanted = [other.run({"features": values})["cross_k"] for values in rows]
+        held, before = driver.keepsight_graphs(), driver.keepsight_launches()
+        for turn in (0, 1, 0, 1, 0, 1):
+            np.testing.assert_array_equal(engine.run({"features": places[turn]})["cross_k"], wanted[turn])
+        assert driver.keepsight_launches() - before == 4 and driver.keepsight_graphs() - held == 2
+        for turn in (2, 2, 1, 0):
+            np.testing.assert_array_equal(engine.run({"features": places[turn]})["cross_k"], wanted[turn])
+        assert driver.keepsight_launches() - before == 6 and driver.keepsight_graphs() - held == 1  # of place 1; 0 is new again
+        with stream:
+            for buffer in buffers:
+                buffer.close()
+
+
+def test_an_engine_may_read_and_write_in_anothers_buffers_which_it_does_not_free(
+    bundle: Bundle, stream: CudaStream, driver: ctypes.CDLL
+) -> None:
+    before = driver.keepsight_allocated()
+    first = load(bundle, "visual_kv", stream)
+    held = driver.keepsight_allocated()
+    with stream:
+        plan = load_plan(find_engine(bundle, "visual_kv", ORIN)[0], fake_tensorrt())
+    second = TensorRTEngine(plan, stream, buffers=first.buffers)
+    assert driver.keepsight_allocated() - held == 1  # its scratch memory
+    features = np.ones((9, 48), np.float32)
+    kept = first.enqueue({"features": features})["cross_k"]
+    np.testing.assert_array_equal(second.run({"features": features})["cross_k"], first.run({"features": features})["cross_k"])
+    with pytest.raises(EngineError, match="a later run has overwritten it"):
+        np.asarray(kept)
+    second.close()
+    assert driver.keepsight_allocated() == held
+    first.close()
+    assert driver.keepsight_allocated() == before
 
 
 # -- tensors that stay on the device -------------------------------------------------------------------------------------
