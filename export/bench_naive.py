@@ -3,8 +3,8 @@
 Written after `blip2_vicuna_instruct.py : generate` and `blip2.py : MBBertSelfAttention.forward, memory_bank_compress`. At every
 frame every layer projects its whole bank to keys and values again, all layers run to the end, and similarities are computed for
 the whole bank. That is what the fast path leaves out, and there is no other waste: everything is one tensor operation over all
-rows, text is not padded, a merge rewrites the rows that it moves and no others, and products go through the faster of PyTorch's
-two libraries (`faster_linear`). No positions: those of a zero-shot checkpoint.
+rows, text is not padded, a merge rewrites the rows that it moves and no others. Products go through either of PyTorch's
+two libraries (`LINEARS`). No positions, as in a zero-shot checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import process_time
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from keepsight.export.qformer import Attention, FeedForward, QFormer
 from keepsight.streams.errors import UsageError
 
-__all__ = ["LINEARS", "Bank", "Linear", "NaiveLoop", "Seen", "faster_linear", "linear_rate"]
+__all__ = ["LINEARS", "Bank", "Linear", "NaiveLoop", "Seen", "linear_rates"]
 
 Choice = NDArray[np.intp] | None
 Linear = Callable[[Tensor, nn.Linear], Tensor]
@@ -37,28 +37,29 @@ def default_linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 def onednn_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """oneDNN's inner product, float32 only: twice as fast as MKL on processors whose AVX-512 MKL leaves alone (AMD)."""
-    return cast(Tensor, torch._C._nn.mkldnn_linear(x.to_mkldnn(), layer.weight, layer.bias).to_dense())
+    return torch._C._nn.mkldnn_linear(x.to_mkldnn(), layer.weight, layer.bias).to_dense()
 
 
 LINEARS: Mapping[str, Linear] = {"default": default_linear, "onednn": onednn_linear}
 
 
-def linear_rate(linear: Linear, rows: int, layer: nn.Linear, *, repeats: int = 3) -> float:
-    """Multiply-adds a second of processor time that a product with so many rows reaches, in 1e9."""
-    x = torch.randn(rows, layer.in_features)
-    with torch.no_grad():
-        linear(x, layer)
-        began = process_time()
-        for _ in range(repeats):
-            linear(x, layer)
-    return repeats * rows * layer.in_features * layer.out_features / (process_time() - began) / 1e9
+def linear_rates(rows: int, qformer: QFormer, *, repeats: int = 3) -> dict[str, float]:
+    """Multiply-adds a second of processor time (1e9) that each of `LINEARS` reaches for keys of so many rows on this machine.
 
-
-def faster_linear(rows: int, layer: nn.Linear) -> tuple[str, dict[str, float]]:
-    """The faster of `LINEARS` on this machine for the largest product of the loop, and what each reaches (1e9 a second)."""
+    oneDNN is left out where PyTorch was built without it.
+    """
+    layer = cast(Attention, qformer.layer(0).cross).key
     names = [name for name in LINEARS if name == "default" or torch.backends.mkldnn.is_available()]
-    rates = {name: linear_rate(LINEARS[name], rows, layer) for name in names}
-    return max(rates, key=lambda name: rates[name]), rates
+    return {name: _rate(LINEARS[name], torch.randn(rows, layer.in_features), layer, repeats) for name in names}
+
+
+@torch.no_grad()
+def _rate(linear: Linear, x: Tensor, layer: nn.Linear, repeats: int) -> float:
+    linear(x, layer)
+    began = process_time()
+    for _ in range(repeats):
+        linear(x, layer)
+    return repeats * x.numel() * layer.out_features / (process_time() - began) / 1e9
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Bank:
         sizes: `[t, n]`, frames in each.
     """
 
-    def __init__(self, length: int, tokens: int, channels: int, dtype: torch.dtype) -> None:
+    def __init__(self, length: int, tokens: int, channels: int, *, dtype: torch.dtype) -> None:
         self.length = length
         self.rows = torch.zeros(0, tokens, channels, dtype=dtype)
         self.sizes = torch.zeros(0, tokens, dtype=dtype)
@@ -137,12 +138,12 @@ class NaiveLoop:
         rows = config.queries + len(self._text)
         self._length = length
         self.visual: Bank | None = None
-        self.query = [Bank(length, rows, config.hidden, self._dtype) for _ in range(config.layers)]
+        self.query = [Bank(length, rows, config.hidden, dtype=self._dtype) for _ in range(config.layers)]
 
     @torch.no_grad()
     def see(
         self,
-        features: NDArray[np.floating],  # type: ignore[type-arg]
+        features: NDArray[np.floating[Any]],
         *,
         visual_merge: NDArray[np.intp] | None = None,
         query_merge: Mapping[int, NDArray[np.intp]] | None = None,
@@ -150,7 +151,7 @@ class NaiveLoop:
         """One frame `[N, C]`, then every bank makes room; merges may be forced on the visual bank and on some layers'."""
         current = torch.from_numpy(np.asarray(features)).to(self._dtype)
         if self.visual is None:
-            self.visual = Bank(self._length, *current.shape, self._dtype)
+            self.visual = Bank(self._length, *current.shape, dtype=self._dtype)
         self.visual.append(current)
         seen, choices = self.visual.rows.flatten(0, 1), []
         x = self._qformer.embed(self._text)
