@@ -42,6 +42,9 @@ def commands(app: typer.Typer) -> None:
     app.command()(quantize)
     app.command()(verify)
     app.command()(train)
+    bench = typer.Typer(help="Measure the fast paths beside the plain ones.", no_args_is_help=True)
+    bench.command("memory")(bench_memory)
+    app.add_typer(bench, name="bench")
 
 
 def export(
@@ -352,6 +355,43 @@ def train(
     from keepsight.export.tiny import train_tiny
 
     train_tiny(work, out, seed=seed, threads=threads)
+
+
+def bench_memory(
+    memory_length: Annotated[
+        list[int] | None, typer.Option(help="Slots of the memory; may be given several times [default: 20, 10, 40].")
+    ] = None,
+    frames: Annotated[int, typer.Option(help="Frames that the naive loop and the fast path see in turns.")] = 60,
+    threads: Annotated[int, typer.Option(help="CPU threads of PyTorch and of ONNX Runtime.")] = 1,
+    plot: Annotated[Path | None, typer.Option(help="A PNG to write.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")] = False,
+) -> None:
+    """The memory at full size, random weights: times, bytes and differences, beside a naive loop in PyTorch.
+
+    The naive loop runs at 20 slots, or at the first length given where 20 is not among them. Needs 2 GB of disk in the
+    temporary directory and 6 GB of memory.
+    """
+    _need("torch", "onnx", "matplotlib")
+    from json import dumps
+    from tempfile import TemporaryDirectory
+
+    from rich.console import Console
+
+    from keepsight.export.bench import Settings
+    from keepsight.export.bench import bench_memory as measure
+    from keepsight.export.bench_report import draw, print_memory
+
+    if plot is not None and not plot.parent.is_dir():
+        raise UsageError(f"{plot.parent} is no directory to write {plot.name} to.", fix="Name a file in one that exists.")
+    settings = Settings(lengths=tuple(memory_length or Settings.lengths), frames=frames, threads=threads)
+    with TemporaryDirectory(prefix="keepsight-bench-") as folder, _shown() as progress:
+        found = measure(settings, Path(folder), progress=progress)
+    if plot is not None:
+        draw(found, plot)
+    if json:
+        typer.echo(dumps(found))
+    else:
+        print_memory(found, Console())
 
 
 def _need(*modules: str) -> None:

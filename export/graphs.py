@@ -7,7 +7,7 @@ what a mask hides must still be finite.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -242,22 +242,32 @@ _ROW_AXES = {
 
 
 def export_qformer(
-    qformer: QFormer, folder: Path, *, slots: int, tokens: int, text: int, half_storage: bool, half_compute: bool = False
+    qformer: QFormer,
+    folder: Path,
+    *,
+    slots: int,
+    tokens: int,
+    text: int,
+    half_storage: bool,
+    half_compute: bool = False,
+    only: Sequence[str] = (),
 ) -> list[str]:
-    """Write the five graphs to `folder/<name>.onnx`; only the number of text rows stays dynamic, if there are any.
+    """Write the five graphs, or `only` some, to `folder/<name>.onnx`; only the number of text rows stays dynamic, if any.
 
     Returns:
         Their names.
     """
     inputs = example_inputs(qformer, slots=slots, tokens=tokens, text=text)
-    for name, (graph, outputs) in GRAPHS.items():
+    names = [name for name in GRAPHS if not only or name in only]
+    for name in names:
+        graph, outputs = GRAPHS[name]
         axes = {key: _ROW_AXES[key] for key in (*inputs[name], *outputs) if key in _ROW_AXES and text}
         module = graph(qformer)
         export_onnx(
             module, inputs[name], outputs, folder / f"{name}.onnx", dynamic_axes=axes, half_storage=half_storage,
             half_compute=half_compute,
         )  # fmt: skip
-    return list(GRAPHS)
+    return names
 
 
 __all__ = ["GRAPHS", "Answer", "Prompt", "Replay", "Step", "VisualKV", "example_inputs", "export_qformer"]
