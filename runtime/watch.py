@@ -9,6 +9,7 @@ import time
 import typer
 
 from keepsight.runtime.session import Session, Watcher
+from keepsight.runtime.timeline import wall_time_of
 from keepsight.streams import Source
 from keepsight.streams.errors import KeepsightError, NoFrameError, SourceLostError, SourceNotFoundError, UsageError
 
@@ -25,7 +26,7 @@ def watch_until(session: Session, source: Source, until_s: float | None) -> None
     for frame in source:
         if until_s is not None and frame.time_s > until_s and session.frames_seen:
             break
-        session.see(frame)
+        session.see(frame, wall_s=wall_time_of(frame.captured_at) if source.is_live and source.uri.is_camera else None)
     if not session.frames_seen:
         raise UsageError(f"{source!r} has no frame to ask about.")
 
