@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from keepsight.runtime.options import (
+    AtOption,
     BackendName,
     BackendOption,
+    BetweenOption,
     BundleOption,
+    EvidenceOption,
     GraphsOption,
     JsonOption,
     MemoryName,
     MemoryOption,
     ModeName,
+    SinceOption,
     ThreadsOption,
     VariantOption,
 )
@@ -62,8 +66,13 @@ def ask(
     when: Annotated[float | None, typer.Option(help="Ask when a file reaches this second.")] = None,
     seconds: Annotated[float, typer.Option(help="How long to watch a live source.")] = 10.0,
     mode: Annotated[
-        ModeName, typer.Option(help="standing: carried along from the first frame; replay: asked at the end.")
-    ] = "standing",
+        ModeName | None,
+        typer.Option(help="standing: carried along from the first frame [default]; replay: asked at the end, as about an interval."),
+    ] = None,
+    since: SinceOption = None,
+    at: AtOption = None,
+    between: BetweenOption = None,
+    evidence: EvidenceOption = None,
     prompt: Annotated[str | None, typer.Option(help="Replaces both templates; goes verbatim to both tokenizers.")] = None,
     variant: VariantOption = None,
     memory: MemoryOption = "mbc",
@@ -73,22 +82,50 @@ def ask(
     as_json: JsonOption = False,
 ) -> None:
     """Watch a file to its end (or --when), or a live source for --seconds, then answer one question."""
+    from keepsight.runtime.moments import typed_interval
+    from keepsight.runtime.show import show_answer
     from keepsight.runtime.watch import watch_until
 
     question = _one_of(question, prompt)
+    typed = typed_interval(since, at, between)
+    if typed is not None and mode == "standing":
+        raise UsageError(
+            "A standing question has mixed all times it has seen, and can't be limited to some.", fix="Use --mode replay."
+        )
     _refuse_missing(source)
     with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
-        put = session.stand(question, prompt=prompt) if mode == "standing" else question
+        replays = typed is not None or mode == "replay"
+        put = question if replays else session.stand(question, prompt=prompt)
         with session.source(source) as frames:
             watch_until(session, frames, until_s=seconds if frames.is_live else when)
-        answers = session.ask(put, prompt=prompt)
-        if as_json:
-            _print_json(answers.result.as_dict())
-            return
-        for piece in answers:
-            typer.echo(piece, nl=False)
-        typer.echo()
-        typer.echo(str(answers.result.trace), err=True)
+        interval = None if typed is None else session.calendar.interval(typed)
+        answers = session.ask(put, prompt=prompt, interval=interval, evidence=evidence is not None)
+        show_answer(answers, evidence, as_json=as_json)
+
+
+@app.command("memory")
+def show_memory(
+    source: Annotated[str, typer.Argument(help="A file, watched to its end, or a live source, watched for --seconds.")],
+    bundle: BundleOption = "tiny",
+    seconds: Annotated[float, typer.Option(help="How long to watch a live source.")] = 10.0,
+    png: Annotated[Path | None, typer.Option(help="Draw it: what each visual token keeps of every time.")] = None,
+    key_frames: Annotated[Path | None, typer.Option(help="Folder to write the key frames to.")] = None,
+    variant: VariantOption = None,
+    memory: MemoryOption = "mbc",
+    backend: BackendOption = "cpu",
+    cuda_graphs: GraphsOption = True,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What is remembered after a source: the timeline as a table, as JSON, or as a picture."""
+    from keepsight.runtime.show import show_timeline
+    from keepsight.runtime.watch import watch_until
+
+    _refuse_missing(source)
+    with _session(bundle, variant, memory, threads, backend, cuda_graphs, llm=False) as session:
+        with session.source(source) as frames:
+            watch_until(session, frames, until_s=seconds if frames.is_live else None)
+        show_timeline(session, png=png, key_frames=key_frames, as_json=as_json)
 
 
 @app.command()
@@ -225,13 +262,22 @@ def _refuse_missing(source: str) -> None:
 
 
 def _session(
-    bundle: str, variant: str | None, memory: MemoryName, threads: int | None, backend: BackendName, cuda_graphs: bool
+    bundle: str,
+    variant: str | None,
+    memory: MemoryName,
+    threads: int | None,
+    backend: BackendName,
+    cuda_graphs: bool,
+    *,
+    llm: bool = True,
 ) -> Session:
     from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle
     from keepsight.runtime.session import Session
 
     opened = Bundle.open(bundle, variant=variant)
+    if not llm:
+        opened = Bundle(opened.path, opened.manifest.model_copy(update={"llm": None}), opened.variant)
     engines = open_engines(opened, backend, threads=threads or 1, cuda_graphs=cuda_graphs)
     return Session(opened, memory=memory, threads=threads, engines=engines)
 

@@ -86,7 +86,7 @@ def moments_of(
     cross-attention layers, is spread evenly over the span that it covers (of which each end is half a frame wider, so that one
     frame has a width), cut to the interval asked about. Beside it lies what there would be if every slot that is read got the
     same. A moment is a stretch of time in which the first is above the second, from edge to edge of spans; its weight is by how
-    much. A Q-Former that looks at everything alike has no moments.
+    much. Where a Q-Former looks at everything alike, all that it read is the one moment.
 
     Args:
         attention: float32 `[X, S, N]`, each layer sums to 1; 0 for a slot that is not read.
@@ -107,7 +107,7 @@ def moments_of(
     share = _over_time(weight[read] / weight[read].sum(), start, end, edges, places)
     part = _over_time(np.full(len(start), 1 / len(start)), start, end, edges, places)
     found = []
-    for first, after in _runs(share - part > 1e-12):
+    for first, after in _runs(share - part > 1e-9) or [(0, len(edges) - 1)]:
         mass, even = float(share[first:after].sum()), float(part[first:after].sum())
         from_s, to_s = float(edges[first]) + half, float(edges[after]) - half
         middle = (from_s + to_s) / 2
@@ -115,9 +115,7 @@ def moments_of(
     return sorted(found, key=lambda moment: moment.part - moment.share)[:count]
 
 
-def _over_time(
-    weight: Float64, start: Float64, end: Float64, edges: Float64, places: NDArray[np.intp]
-) -> Float64:
+def _over_time(weight: Float64, start: Float64, end: Float64, edges: Float64, places: NDArray[np.intp]) -> Float64:
     """Weight in each stretch between two edges, `[edges - 1]`, of weights that are spread evenly from start to end."""
     density = weight / (end - start)
     change = np.zeros(len(edges))

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from keepsight.runtime.timeline import Interval
 from keepsight.streams.errors import MissingComponentError, UsageError
 
-__all__ = ["KeyFrame", "KeyFrames"]
+__all__ = ["KeyFrame", "KeyFrames", "encode_jpeg", "write_key_frames"]
 
 Float32 = NDArray[np.float32]
 
@@ -151,6 +152,22 @@ class KeyFrames:
         del self._frames[older], self._pooled[older], self._alike[older : older + 1]
         if 0 < older < len(self._frames):
             self._alike[older - 1] = float(self._pooled[older - 1] @ self._pooled[older])
+
+
+def write_key_frames(frames: Sequence[KeyFrame], folder: Path) -> list[Path]:
+    """Write each to `folder/<seconds of the stream>.jpg`, made if it is not there; returns the files in the same order.
+
+    Raises:
+        UsageError: the folder can't be made or written to.
+    """
+    paths = [folder / f"{frame.time_s:010.3f}s.jpg" for frame in frames]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for frame, path in zip(frames, paths, strict=True):
+            path.write_bytes(frame.jpeg)
+    except OSError as error:
+        raise UsageError(f"{folder} can't be written: {error.strerror}.", fix="Name a folder of yours.") from error
+    return paths
 
 
 def encode_jpeg(image: NDArray[np.uint8], quality: int) -> bytes:

@@ -191,7 +191,7 @@ class Calendar:
 
     def written_interval(self, interval: Interval) -> str:
         """An interval for people; a moment is one time."""
-        start, end = self.written(interval.start_s), self.written(min(interval.end_s, self.now_s))
+        start, end = self.written(interval.start_s), self.written(self._end_s(interval))
         return start if start == end else f"{start} to {end}"
 
     def iso(self, moment_s: float) -> str | None:
@@ -202,11 +202,14 @@ class Calendar:
 
     def as_dict(self, interval: Interval) -> dict[str, Any]:
         """For `--json`: seconds of the stream, and wall time where it is known."""
-        end_s = min(interval.end_s, self.now_s)
+        end_s = self._end_s(interval)
         return {
             "start_s": round(interval.start_s, 3), "end_s": round(end_s, 3),
             "start": self.iso(interval.start_s), "end": self.iso(end_s),
         }  # fmt: skip
+
+    def _end_s(self, interval: Interval) -> float:
+        return interval.end_s if math.isfinite(interval.end_s) else max(self.now_s, interval.start_s)
 
     def _local(self, wall_s: float) -> datetime:
         return datetime.fromtimestamp(wall_s, timezone.utc).astimezone(self.zone)
