@@ -7,7 +7,7 @@ what a mask hides must still be finite.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -47,13 +47,20 @@ class _Reader(nn.Module):
         self.qformer = qformer
 
     def after_attention(
-        self, index: int, x: Tensor, cross_k: Tensor, cross_v: Tensor, mask: Tensor, bucket: Tensor
+        self,
+        index: int,
+        x: Tensor,
+        cross_k: Tensor,
+        cross_v: Tensor,
+        mask: Tensor,
+        bucket: Tensor,
+        shares: list[Tensor] | None = None,
     ) -> Tensor:
-        """Layer `index` from its self-attention's output on; `cross_k`, `cross_v` `[X, K, H]`."""
+        """Layer `index` from its self-attention's output on; `cross_k`, `cross_v` `[X, K, H]`. `shares` as in `read_visual`."""
         layer, cross_layers = self.qformer.layer(index), self.qformer.config.cross_layers
         if index in cross_layers:
             place = cross_layers.index(index)
-            x = self.qformer.read_visual(index, x, cross_k[place], cross_v[place], mask, bucket)
+            x = self.qformer.read_visual(index, x, cross_k[place], cross_v[place], mask, bucket, shares)
         return layer.feed_forward(x)
 
 
@@ -146,7 +153,8 @@ class Replay(_Reader):
     """The Q-Former over the bank's slots as if they were the frames, oldest first, in one block-causal pass.
 
     In: prompt_state, cross_k, cross_v `[X, S, N, H]`, rank int32 `[S, N]`, bucket int32 `[S, S, N]` (by step, then slot),
-    step_mask `[S]`, text_mask `[L]`. Out: those of step S-1: query_output `[Q, H]`, soft_prompt `[Q, n_embd]`.
+    step_mask `[S]`, text_mask `[L]`. Out: those of step S-1: query_output `[Q, H]`, soft_prompt `[Q, n_embd]`, and attention
+    `[X, S, N]`: where that step's query rows looked, the mean over heads and rows. Each layer sums to 1; what is hidden has 0.
     """
 
     def forward(
@@ -158,14 +166,15 @@ class Replay(_Reader):
         bucket: Tensor,
         step_mask: Tensor,
         text_mask: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         qformer, steps = self.qformer, rank.shape[0]
+        shares: list[Tensor] = []
         keys, values = cross_k.flatten(1, 2)[:, None], cross_v.flatten(1, 2)[:, None]
         order, now = rank.flatten()[None, :], torch.arange(steps, dtype=rank.dtype)[:, None]
         visible = ((order >= 0) & (order <= now)).to(torch.float32)
         places = bucket.flatten(1)
         rows = prompt_state.shape[0]
-        x = self.after_attention(0, prompt_state.expand(steps, rows, -1), keys, values, visible, places)
+        x = self.after_attention(0, prompt_state.expand(steps, rows, -1), keys, values, visible, places, shares)
         # A step sees the rows of earlier steps (its bank) and its own; hidden steps are no one's keys.
         earlier = torch.tril(torch.ones(steps, steps)) * step_mask[None, :]
         seen = earlier[:, :, None] * qformer.row_mask(text_mask)[None, None, :]
@@ -177,11 +186,21 @@ class Replay(_Reader):
             if index == last:
                 break
             x = attention(x, k[None], v[None], causal[:, None, None, :])
-            x = self.after_attention(index, x, keys, values, visible, places)
-        return self._last(x[-1], k, v, causal[-1], keys, values, visible[-1], places[-1])
+            x = self.after_attention(index, x, keys, values, visible, places, shares)
+        said = self._last(x[-1], k, v, causal[-1], keys, values, visible[-1], places[-1], shares)
+        return *said, torch.stack(shares).unflatten(1, rank.shape)
 
     def _last(
-        self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor, keys: Tensor, values: Tensor, seen: Tensor, places: Tensor
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        seen: Tensor,
+        places: Tensor,
+        shares: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """The last layer for the newest step's query rows."""
         qformer = self.qformer
@@ -190,7 +209,7 @@ class Replay(_Reader):
         queries = layer.attention(x[: qformer.config.queries], k, v, mask[None, None, :])
         if layer.cross is not None:
             place = qformer.config.cross_layers.index(index)
-            queries = qformer.read_visual(index, queries, keys[place, 0], values[place, 0], seen, places)
+            queries = qformer.read_visual(index, queries, keys[place, 0], values[place, 0], seen, places, shares)
         output = layer.query_ffn(queries)
         return output, qformer.soft_prompt(output)
 
@@ -232,13 +251,18 @@ GRAPHS: Mapping[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "prompt": (Prompt, ("prompt_state",)),
     "step": (Step, ("rows", "row_k", "row_v")),
     "answer": (Answer, ("query_output", "soft_prompt")),
-    "replay": (Replay, ("query_output", "soft_prompt")),
+    "replay": (Replay, ("query_output", "soft_prompt", "attention")),
 }
 _ROW_AXES = {
     "text_ids": {0: "text"}, "text_mask": {0: "text"}, "prompt_state": {0: "rows"}, "self_k": {2: "rows"}, "self_v": {2: "rows"},
     "self_mask": {2: "rows"}, "rows": {1: "rows"}, "row_k": {1: "rows"}, "row_v": {1: "rows"}, "rows_last": {0: "rows"},
     "k_last": {0: "rows"}, "v_last": {0: "rows"}, "bank_k": {1: "rows"}, "bank_v": {1: "rows"}, "bank_mask": {1: "rows"},
 }  # fmt: skip
+
+
+def dynamic_axes(names: Iterable[str], text: int) -> dict[str, dict[int, str]]:
+    """Axes of a graph's inputs and outputs that stay dynamic: those of the text's rows, if there are any."""
+    return {name: _ROW_AXES[name] for name in names if name in _ROW_AXES and text}
 
 
 def export_qformer(
@@ -261,7 +285,7 @@ def export_qformer(
     names = [name for name in GRAPHS if not only or name in only]
     for name in names:
         graph, outputs = GRAPHS[name]
-        axes = {key: _ROW_AXES[key] for key in (*inputs[name], *outputs) if key in _ROW_AXES and text}
+        axes = dynamic_axes([*inputs[name], *outputs], text)
         module = graph(qformer)
         export_onnx(
             module, inputs[name], outputs, folder / f"{name}.onnx", dynamic_axes=axes, half_storage=half_storage,
@@ -270,4 +294,4 @@ def export_qformer(
     return names
 
 
-__all__ = ["GRAPHS", "Answer", "Prompt", "Replay", "Step", "VisualKV", "example_inputs", "export_qformer"]
+__all__ = ["GRAPHS", "Answer", "Prompt", "Replay", "Step", "VisualKV", "dynamic_axes", "example_inputs", "export_qformer"]

@@ -166,7 +166,14 @@ class QFormer(nn.Module):
         return keys, values
 
     def read_visual(
-        self, index: int, x: Tensor, k: Tensor, v: Tensor, mask: Tensor, bucket: Tensor | None
+        self,
+        index: int,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor,
+        bucket: Tensor | None,
+        shares: list[Tensor] | None = None,
     ) -> Tensor:
         """Cross-attention of layer `index` with positions added at reading.
 
@@ -178,10 +185,16 @@ class QFormer(nn.Module):
             k, v: `[..., K, H]` with K = S N.
             mask: `[..., K]`, 1 = visible.
             bucket: int `[..., K]` as `OrderPositions` numbers them, 0 = no position; None for a model without positions.
+            shares: gets `visual_share` of the last of several readings (or the only one), if given.
         """
         cross = cast(Attention, self.layer(index).cross)
         queries, text = x[..., : self.config.queries, :], x[..., self.config.queries :, :]
-        q, keys, values = cross.split(cross.query(queries)), cross.split(k), cross.split(v)
+        projected = cross.query(queries)
+        if shares is not None:
+            newest = -1 if projected.dim() > 2 else ...
+            place = None if bucket is None else bucket[newest]
+            shares.append(self.visual_share(index, projected[newest], k[newest], mask[newest], place))
+        q, keys, values = cross.split(projected), cross.split(k), cross.split(v)
         scores = torch.matmul(q, keys.transpose(-1, -2))
         hot = None
         if bucket is not None and self.config.position_rows:
@@ -195,6 +208,22 @@ class QFormer(nn.Module):
         if hot is not None:
             context = context + torch.matmul(torch.matmul(share, hot), value_rows)
         return torch.cat([cross.finish(context, queries), text], dim=-2)
+
+    def visual_share(self, index: int, query: Tensor, k: Tensor, mask: Tensor, bucket: Tensor | None) -> Tensor:
+        """How much of layer `index`'s visual attention rests on each token: `[K]`, the mean over heads and query rows; sums to 1.
+
+        Computed beside `read_visual` and not inside, so that nothing looks into an attention that a backend runs as one kernel.
+        `query` `[Q, H]` is projected; `k` `[K, H]`, `mask` and `bucket` `[K]` as in `read_visual`.
+        """
+        cross = cast(Attention, self.layer(index).cross)
+        q, keys = cross.split(query), cross.split(k)
+        scores = torch.matmul(q, keys.transpose(-1, -2))
+        if bucket is not None and self.config.position_rows:
+            rows = cross.split(self.position_key[self.config.cross_layers.index(index)])
+            hot = self.position_weights(bucket).to(q.dtype)
+            scores = scores + torch.matmul(torch.matmul(q, rows.transpose(-1, -2)), hot.transpose(-1, -2))
+        share = torch.softmax(scores / float(q.shape[-1]) ** 0.5 + additive(mask), dim=-1)
+        return share.flatten(0, 1).mean(0)
 
     def position_weights(self, bucket: Tensor) -> Tensor:
         """Which table rows a bucket adds, as 0/1: `[..., K]` to `[..., K, position_rows]`.

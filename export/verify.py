@@ -213,7 +213,7 @@ def _compare_graphs(bundle: Bundle, source: Source, watched: _Watched, tell: Pro
         _export_anew(bundle, source, Path(folder))
         for index, (name, (feeds, outputs)) in enumerate(watched.runs.items()):
             module = source.vision() if name == "vision" else GRAPHS[name][0](source.qformer)
-            wanted = _run_module(module, feeds, list(outputs))
+            wanted = _run_module(module, feeds, list(outputs) if name == "vision" else GRAPHS[name][1])
             apart = {output: difference(value, wanted[output], limit) for output, value in outputs.items()}
             graph, fresh = bundle.graph_path(name), Path(folder) / f"{name}.onnx"
             over = not all(output.passed for output in apart.values())

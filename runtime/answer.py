@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from keepsight.runtime.evidence import Evidence
+from keepsight.runtime.llm import Answer as Written
 from keepsight.runtime.llm import Generation
+from keepsight.runtime.moments import Calendar
+from keepsight.runtime.timeline import Interval
 
 Mode = Literal["standing", "replay"]
+NOTHING_REMEMBERED = "nothing remembered"
+"""`Answer.finish` where the memory holds nothing of the interval that was asked about: no model was run."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,12 @@ class Answer:
         mode: `standing` (carried along frame by frame) or `replay` (over the bank's slots, when asked).
         time_s: stream time of the newest frame that it is about.
         frames_seen: frames in the memory's history.
-        finish: why the LLM stopped: its end token, a stop string, the length limit, or cancelled.
+        finish: why the LLM stopped: its end token, a stop string, the length limit, or cancelled; or `NOTHING_REMEMBERED`.
         trace: what it cost.
+        interval: that was asked about; None = all that is remembered.
+        remembered: where nothing is remembered of `interval`, of what there is something.
+        evidence: where the Q-Former looked; None if it was not asked for, or the bundle's `replay` does not tell.
+        calendar: writes the times of this stream.
     """
 
     text: str
@@ -71,10 +81,22 @@ class Answer:
     frames_seen: int
     finish: str
     trace: LatencyTrace
+    interval: Interval | None = None
+    remembered: tuple[Interval, ...] = ()
+    evidence: Evidence | None = None
+    calendar: Calendar | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return {**asdict(self), "trace": self.trace.as_dict()}
+        plain = ("text", "question", "mode", "time_s", "frames_seen", "finish")
+        result = {**{name: getattr(self, name) for name in plain}, "trace": self.trace.as_dict()}
+        if self.calendar is not None:
+            calendar = self.calendar
+            result["interval"] = None if self.interval is None else calendar.as_dict(self.interval)
+            result["evidence"] = None if self.evidence is None else self.evidence.as_dict(calendar)
+            if self.finish == NOTHING_REMEMBERED:
+                result["remembered"] = [calendar.as_dict(span) for span in self.remembered]
+        return result
 
 
 class AnswerStream(Iterator[str]):
@@ -83,6 +105,16 @@ class AnswerStream(Iterator[str]):
     def __init__(self, generation: Generation, finish: Any) -> None:
         self._generation, self._finish = generation, finish
         self._result: Answer | None = None
+
+    @classmethod
+    def of(cls, answer: Answer) -> AnswerStream:
+        """An answer that needed no model: its text in one piece."""
+
+        def written() -> Generator[str, None, Written]:
+            yield answer.text
+            return Written(text=answer.text, finish="stop", tokens=0)
+
+        return cls(Generation(written()), lambda _: answer)
 
     def __next__(self) -> str:
         return next(self._generation)

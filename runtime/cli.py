@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from keepsight.runtime.options import (
+    AtOption,
     BackendName,
     BackendOption,
+    BetweenOption,
     BundleOption,
+    EvidenceOption,
     FeatureLogOption,
     GraphsOption,
     JsonOption,
@@ -26,6 +29,7 @@ from keepsight.runtime.options import (
     OfflineMemoryOption,
     SaveEveryOption,
     ScoreOption,
+    SinceOption,
     SnapshotKVOption,
     SnapshotOption,
     ThreadsOption,
@@ -72,8 +76,13 @@ def ask(
     when: Annotated[float | None, typer.Option(help="Ask when a file reaches this second.")] = None,
     seconds: Annotated[float, typer.Option(help="How long to watch a live source.")] = 10.0,
     mode: Annotated[
-        ModeName, typer.Option(help="standing: carried along from the first frame; replay: asked at the end.")
-    ] = "standing",
+        ModeName | None,
+        typer.Option(help="standing: carried along from the first frame [default]; replay: asked at the end, as about an interval."),
+    ] = None,
+    since: SinceOption = None,
+    at: AtOption = None,
+    between: BetweenOption = None,
+    evidence: EvidenceOption = None,
     prompt: Annotated[str | None, typer.Option(help="Replaces both templates; goes verbatim to both tokenizers.")] = None,
     options: Annotated[
         str | None, typer.Option(help="Answers to choose from, such as 'red,green,blue'; prints the probability of each.")
@@ -91,39 +100,75 @@ def ask(
     A snapshot that `run --snapshot` saved is not watched but restored, and answers at once.
     """
     from keepsight.runtime.keep import ask_saved
+    from keepsight.runtime.moments import typed_interval
+    from keepsight.runtime.show import show_answer
     from keepsight.runtime.snapshot import Snapshot, is_snapshot
     from keepsight.runtime.watch import watch_until
 
     question = _one_of(question, prompt)
     choices = None if options is None else _choices(options)
+    typed = typed_interval(since, at, between)
+    if typed is not None and mode == "standing":
+        raise UsageError(
+            "A standing question has mixed all times it has seen, and can't be limited to some.", fix="Use --mode replay."
+        )
+    put_as: ModeName = mode or ("standing" if typed is None else "replay")
+    if choices is not None and (typed is not None or evidence is not None):
+        raise UsageError("--options can't be used with an interval or --evidence.", fix="Ask without --options.")
     saved = Snapshot.read(source) if is_snapshot(source) else None
     if saved is None:
         _refuse_missing(source)
         if memory == "concat":
-            _refuse_for_concat(source, mode)
+            _refuse_for_concat(source, put_as)
     elif when is not None:
         raise UsageError("A snapshot has its own moment: --when can't be used with it.", fix="Leave it out.")
     elif memory == "concat":
         raise UsageError("A snapshot is of a memory; concat has none.", fix="Leave --memory out.")
     with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
         if saved is not None:
-            put = ask_saved(session, saved, question, prompt=prompt, mode=mode)
+            put = ask_saved(session, saved, question, prompt=prompt, mode=put_as)
         else:
-            put = session.stand(question, prompt=prompt) if mode == "standing" else question
+            put = session.stand(question, prompt=prompt) if put_as == "standing" else question
             with session.source(source) as frames:
                 watch_until(session, frames, until_s=seconds if frames.is_live else when)
         if choices is not None:
             ranking = session.rank(put, choices, prompt=prompt, score=score)
             typer.echo(json.dumps(ranking.as_dict(), ensure_ascii=False) if as_json else str(ranking))
             return
-        answers = session.ask(put, prompt=prompt)
-        if as_json:
-            _print_json(answers.result.as_dict())
-            return
-        for piece in answers:
-            typer.echo(piece, nl=False)
-        typer.echo()
-        typer.echo(str(answers.result.trace), err=True)
+        interval = None if typed is None else session.calendar.interval(typed)
+        answers = session.ask(put, prompt=prompt, interval=interval, evidence=evidence is not None)
+        show_answer(answers, evidence, as_json=as_json)
+
+
+@app.command("memory")
+def show_memory(
+    source: Annotated[str, typer.Argument(help="A file, watched to its end, a live source, watched for --seconds; or a snapshot.")],
+    bundle: BundleOption = "tiny",
+    seconds: Annotated[float, typer.Option(help="How long to watch a live source.")] = 10.0,
+    png: Annotated[Path | None, typer.Option(help="Draw it: what each visual token keeps of every time.")] = None,
+    key_frames: Annotated[Path | None, typer.Option(help="Folder to write the key frames to.")] = None,
+    variant: VariantOption = None,
+    memory: MemoryOption = "mbc",
+    backend: BackendOption = "cpu",
+    cuda_graphs: GraphsOption = True,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What is remembered after a source, or in a snapshot: the timeline as a table, as JSON, or as a picture."""
+    from keepsight.runtime.show import show_timeline
+    from keepsight.runtime.snapshot import Snapshot, is_snapshot
+    from keepsight.runtime.watch import watch_until
+
+    saved = Snapshot.read(source) if is_snapshot(source) else None
+    if saved is None:
+        _refuse_missing(source)
+    with _session(bundle, variant, memory, threads, backend, cuda_graphs, llm=False) as session:
+        if saved is not None:
+            session.restore(saved)
+        else:
+            with session.source(source) as frames:
+                watch_until(session, frames, until_s=seconds if frames.is_live else None)
+        show_timeline(session, png=png, key_frames=key_frames, as_json=as_json)
 
 
 @app.command()
@@ -342,13 +387,22 @@ def _refuse_for_concat(source: str | None, mode: ModeName) -> None:
 
 
 def _session(
-    bundle: str, variant: str | None, memory: OfflineMemoryName, threads: int | None, backend: BackendName, cuda_graphs: bool
+    bundle: str,
+    variant: str | None,
+    memory: OfflineMemoryName,
+    threads: int | None,
+    backend: BackendName,
+    cuda_graphs: bool,
+    *,
+    llm: bool = True,
 ) -> Session:
     from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle
     from keepsight.runtime.session import Session
 
     opened = Bundle.open(bundle, variant=variant)
+    if not llm:
+        opened = Bundle(opened.path, opened.manifest.model_copy(update={"llm": None}), opened.variant)
     engines = open_engines(opened, backend, threads=threads or 1, cuda_graphs=cuda_graphs)
     return Session(opened, memory=memory, threads=threads, engines=engines)
 

@@ -205,7 +205,7 @@ def graph_tensors(dims: Dims) -> dict[str, Tensors]:
         },
         "replay": {
             "prompt_state": state, "cross_k": visual, "cross_v": visual, "rank": seen, "bucket": (slots, slots, tokens),
-            "step_mask": (slots,), "text_mask": (text,), **said,
+            "step_mask": (slots,), "text_mask": (text,), **said, "attention": (crosses, slots, tokens),
         },
         MEMORY: _memory_tensors(dims),
     }  # fmt: skip

@@ -23,6 +23,16 @@ ScoreOption = Annotated[
     ScoreName,
     typer.Option(help="What options are ranked by: as whole answers, as beginnings of one (LAVIS), or the mean of their tokens."),
 ]
+SinceOption = Annotated[
+    str | None, typer.Option(help="Ask only about what was seen since: 2h, 30m, 90s, or a time. Of a file: its seconds.")
+]
+AtOption = Annotated[str | None, typer.Option(help="Ask only about one moment: 14:05, an ISO date; of a file 95 or 1:35.")]
+BetweenOption = Annotated[
+    tuple[str, str] | None, typer.Option(metavar="START END", help="Ask only about what was seen between two moments.")
+]
+EvidenceOption = Annotated[
+    Path | None, typer.Option(help="Folder to write the key frames to that the answer rests on; prints their times.")
+]
 BackendName = Literal["cpu", "cuda", "tensorrt"]
 BackendOption = Annotated[
     BackendName, typer.Option(help="What runs the graphs: ONNX Runtime on CPU or CUDA, or TensorRT after `keepsight build`.")

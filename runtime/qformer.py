@@ -39,10 +39,13 @@ class SoftPrompt:
     Attributes:
         query_output: float32 `[Q, H]`, the last layer's query rows.
         rows: float32 `[Q, n_embd]`, for the language model.
+        attention: float32 `[X, S, N]`, where the query rows looked at last: of each cross-attention layer the mean over heads and
+            rows, each layer sums to 1. None for a standing question, and from a bundle whose `replay` does not give it.
     """
 
     query_output: Float32
     rows: Float32
+    attention: Float32 | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,22 +163,28 @@ class QFormer:
         """A question that is carried along from the next frame on."""
         return StandingQuestion(self, prompt)
 
-    def replay(self, prompt: Prompt) -> SoftPrompt:
+    def replay(self, prompt: Prompt, visible: NDArray[np.bool_] | None = None) -> SoftPrompt:
         """Ask now: the Q-Former over the bank's slots as if they were the frames, oldest first, in one pass.
 
+        Args:
+            prompt: the question.
+            visible: `[S, N]`, the slots to read, for a question about an interval; None = all that are in use.
+
         Raises:
-            UsageError: nothing has been seen yet.
+            UsageError: nothing has been seen yet, or nothing is visible.
         """
         self._check_not_empty()
-        rank = ranks(self.bank)
+        rank = ranks(self.bank, visible)
+        if (rank < 0).all():
+            raise UsageError("No slot is visible to this question.", fix="Ask about a time that is remembered.")
         outputs = self._engines["replay"].run(
             {
                 "prompt_state": prompt.state, "cross_k": self.bank.riders["cross_k"],
-                "cross_v": self.bank.riders["cross_v"], "rank": rank, "bucket": self._positions.replay(self.bank),
+                "cross_v": self.bank.riders["cross_v"], "rank": rank, "bucket": self._positions.replay(self.bank, visible),
                 "step_mask": step_mask(rank), "text_mask": prompt.text_mask,
             }
         )  # fmt: skip
-        return SoftPrompt(outputs["query_output"], outputs["soft_prompt"])
+        return SoftPrompt(outputs["query_output"], outputs["soft_prompt"], outputs.get("attention"))
 
     def visual_inputs(self) -> dict[str, Tensor]:
         """What `step` reads of the visual bank, the newest frame included: made once a frame for all standing questions.

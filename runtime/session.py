@@ -18,18 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepsight.runtime import resume
-from keepsight.runtime.answer import Answer, AnswerStream, LatencyTrace, Mode
+from keepsight.runtime.answer import NOTHING_REMEMBERED, Answer, AnswerStream, LatencyTrace, Mode
 from keepsight.runtime.backends import Engines
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.concat import ConcatQuestion, frames_that_fit
 from keepsight.runtime.engine import Tensor
+from keepsight.runtime.evidence import Evidence, evidence_of, moments_of
 from keepsight.runtime.feature_log import FeatureLog
+from keepsight.runtime.keyframes import KeyFrames
 from keepsight.runtime.llm import LLM, Score, Segment, render, verbatim
 from keepsight.runtime.llm import Answer as Written
 from keepsight.runtime.memory import Policy
+from keepsight.runtime.moments import Calendar
 from keepsight.runtime.qformer import Prompt, QFormer, SoftPrompt, StandingQuestion
 from keepsight.runtime.ranking import Ranking, checked_options
 from keepsight.runtime.snapshot import Array, Part, Question, SavedFrame, Snapshot, fingerprint
+from keepsight.runtime.timeline import Clock, Interval, remembered, seen_within, wall_time_of
 from keepsight.streams import Frame, Source
 from keepsight.streams.errors import BundleError, EngineError, KeepsightError, NoFrameError, UsageError
 
@@ -65,6 +69,7 @@ class Session:
         threads: CPU threads of each stage; by default one for the graphs and all cores for the LLM.
         llm: a language model that is already loaded, to share one between sessions; by default the bundle's is loaded.
         engines: the bundle's graphs, loaded on another backend than the CPU (`open_engines`); closed with the session.
+        key_frames: where pictures are kept to show as evidence; by default 64 of 2 MiB together.
 
     Raises:
         EngineError, LLMError, MissingModelError: a part of the bundle can't be loaded.
@@ -78,8 +83,11 @@ class Session:
         threads: int | None = None,
         llm: LLM | None = None,
         engines: Engines | None = None,
+        key_frames: KeyFrames | None = None,
     ) -> None:
         self.bundle = bundle
+        self.clock = Clock()
+        self.key_frames = KeyFrames() if key_frames is None else key_frames
         self._close = ExitStack()
         self._concat = memory == "concat"
         self._qformer = QFormer(bundle, memory="last" if memory == "concat" else memory, threads=threads or 1, engines=engines)
@@ -98,7 +106,7 @@ class Session:
         self._cost = FrameCost(0.0, 0.0, 0.0)
         self._watcher: Watcher | None = None
         self._observers: list[Callable[[Tensor, Frame], None]] = []
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, Part] = {"clock": self.clock, "key frames": self.key_frames}
         self._unclaimed: dict[str, Mapping[str, Array]] = {}  # of a snapshot, until their owner comes
         self._source: str | None = None
         self._follows: Frame | None = None  # newest frame of a log that goes on
@@ -110,8 +118,12 @@ class Session:
 
     # -- frames ----------------------------------------------------------------------------------------------------
 
-    def see(self, frame: Frame) -> FrameCost:
+    def see(self, frame: Frame, *, wall_s: float | None = None) -> FrameCost:
         """Encode one frame, put it into the memory, and let every standing question read it.
+
+        Args:
+            frame: later than all before.
+            wall_s: what the wall clock said when it was captured, seconds since 1970 (`wall_time_of`); None = it has no such time.
 
         Raises:
             EngineError: the frame does not fit the vision graph, or a graph gave something that is not finite.
@@ -132,6 +144,10 @@ class Session:
             for standing in self._standing:
                 standing.carried.step(frame.time_s)
             stepped = perf_counter()
+            if wall_s is not None:
+                self.clock.observe(frame.time_s, wall_s)
+            if self.key_frames.wants(frame.time_s):
+                self.key_frames.take(frame.image, np.asarray(features), frame.time_s)
             self._newest = frame
             cost = self._cost = FrameCost(*(1000 * t for t in (seen - start, remembered - locked, stepped - remembered)))
         for observer in self._observers:
@@ -193,23 +209,46 @@ class Session:
             self._standing.clear()
             self._unclaimed.clear()
             self._newest = self._follows = self._source = self._position_s = None
+            self.clock.reset()
+            self.key_frames.reset()
 
-    def ask(self, question: str | Standing, *, prompt: str | None = None) -> AnswerStream:
+    def ask(
+        self, question: str | Standing, *, prompt: str | None = None, interval: Interval | None = None, evidence: bool = False
+    ) -> AnswerStream:
         """Answer now: a text by replay over the memory, a `Standing` from what it has carried along.
 
         Returns at once with a stream of text; the perception has been done, the LLM writes as the stream is read.
 
+        Args:
+            question: a text, or what `stand` gave.
+            prompt: replaces both templates, of a text.
+            interval: only what overlaps it is read, each token of the memory by its own span. If nothing does, the answer says so
+                without asking any model: its `finish` is `NOTHING_REMEMBERED`, and `remembered` says what there is.
+            evidence: a replay's answer has it anyhow. With this, a `Standing`'s has that of a replay of the same question, since
+                what it has carried along has no times any more.
+
         Raises:
-            UsageError: nothing has been seen yet; the question is empty or too long.
+            UsageError: nothing has been seen yet; the question is empty or too long; an interval for a `Standing`.
             BundleError: the bundle has no language model.
         """
         asked = perf_counter()
         llm = self.llm
         with self._memory_lock:
             began = perf_counter()
-            soft, text, mode, prompt = self._perceive(question, prompt)
+            if interval is not None and self.frames_seen:
+                visible = self._visible(question, interval)
+                if not visible.any():
+                    return AnswerStream.of(self._nothing_from(interval, str(question), asked))
+            else:
+                visible = None
+            soft, text, mode, prompt = self._perceive(question, prompt, visible)
             perceived = perf_counter()
             frame, cost, frames_seen = self._newest, self._cost, self.frames_seen
+            attention = soft.attention
+            if attention is None and evidence:
+                attention = self._replayed(text, prompt).attention
+            shown = None if attention is None else self._evidence(attention, interval)
+            calendar = self.calendar
         assert frame is not None
         age_ms = 1000 * (time.monotonic() - (perf_counter() - asked) - frame.captured_at)
         decoding = self.bundle.manifest.decoding
@@ -235,7 +274,9 @@ class Session:
                 tokens=written.tokens,
                 tokens_per_s=written.tokens_per_s,
             )
-            return Answer(written.text.strip(), text, mode, frame.time_s, frames_seen, written.finish, trace)
+            return Answer(
+                written.text.strip(), text, mode, frame.time_s, frames_seen, written.finish, trace, interval, (), shown, calendar
+            )
 
         return AnswerStream(generation, finish)
 
@@ -301,15 +342,50 @@ class Session:
         """The graphs and the visual bank, for tracing and for tests."""
         return self._qformer
 
-    def _perceive(self, question: str | Standing, prompt: str | None) -> tuple[SoftPrompt, str, Mode, str | None]:
+    @property
+    def calendar(self) -> Calendar:
+        """Reads and writes times of this stream, as of now: with a camera that is this moment, else the newest frame's."""
+        frame, now_s = self._newest, max(self.time_s, 0.0)
+        if frame is not None and self.clock.dated:
+            now_s += max(0.0, time.monotonic() - frame.captured_at)
+        return Calendar(self.clock, now_s, 1 / self.bundle.manifest.sample_fps)
+
+    def _perceive(
+        self, question: str | Standing, prompt: str | None, visible: NDArray[np.bool_] | None = None
+    ) -> tuple[SoftPrompt, str, Mode, str | None]:
         if isinstance(question, Standing):
             return question.carried.answer(), question.question, "standing", question.prompt
         if self._concat:
             raise UsageError(
                 "the memory concat answers only questions that are known before the first frame.", fix="Use --mode standing."
             )
-        soft = self._qformer.replay(self._qformer.prompt(self._qformer_text(question, prompt)))
-        return soft, question, "replay", prompt
+        return self._replayed(question, prompt, visible), question, "replay", prompt
+
+    def _replayed(self, question: str, prompt: str | None, visible: NDArray[np.bool_] | None = None) -> SoftPrompt:
+        return self._qformer.replay(self._qformer.prompt(self._qformer_text(question, prompt)), visible)
+
+    def _visible(self, question: str | Standing, interval: Interval) -> NDArray[np.bool_]:
+        if isinstance(question, Standing):
+            raise UsageError(
+                "A standing question has mixed all times it has seen, and can't be limited to some.",
+                fix="Ask it by replay: the text itself, or --mode replay.",
+            )
+        return seen_within(self._qformer.bank, interval)
+
+    def _nothing_from(self, interval: Interval, question: str, asked: float) -> Answer:
+        calendar = self.calendar
+        spans = tuple(remembered(self._qformer.bank, 2 * calendar.tolerance_s))
+        total_ms = 1000 * (perf_counter() - asked)
+        trace = LatencyTrace(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, total_ms, total_ms, 0, 0.0)
+        return Answer(
+            "nothing remembered from then", question, "replay", self.time_s, self.frames_seen, NOTHING_REMEMBERED, trace,
+            interval, spans, None, calendar,
+        )  # fmt: skip
+
+    def _evidence(self, attention: NDArray[np.float32], interval: Interval | None) -> Evidence:
+        bank, frame_s = self._qformer.bank, 1 / self.bundle.manifest.sample_fps
+        moments = moments_of(attention, bank.first_s[0], bank.last_s[0], frame_s=frame_s, interval=interval)
+        return evidence_of(moments, self.key_frames, frame_s)
 
     def _concatenated(self, read: Prompt, question: str, prompt: str | None) -> ConcatQuestion:
         if self._llm is None:
@@ -587,7 +663,7 @@ class Watcher:
         try:
             with self.source:
                 for frame in self._session.continued(self.source):
-                    self._session.see(frame)
+                    self._session.see(frame, wall_s=wall_time_of(frame.captured_at) if self.source.uri.is_camera else None)
                     if self._on_frame is not None:
                         self._on_frame(frame)
                     with self._changed:

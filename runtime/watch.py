@@ -9,7 +9,10 @@ from collections.abc import Callable
 
 import typer
 
+from keepsight.runtime.moments import read_line
 from keepsight.runtime.session import Session, Watcher
+from keepsight.runtime.show import notes
+from keepsight.runtime.timeline import wall_time_of
 from keepsight.streams import Frame, Source
 from keepsight.streams.errors import KeepsightError, NoFrameError, SourceLostError, SourceNotFoundError, UsageError
 
@@ -26,7 +29,7 @@ def watch_until(session: Session, source: Source, until_s: float | None) -> None
     for frame in source:
         if until_s is not None and frame.time_s > until_s and session.frames_seen:
             break
-        session.see(frame)
+        session.see(frame, wall_s=wall_time_of(frame.captured_at) if source.is_live and source.uri.is_camera else None)
     if not session.frames_seen:
         raise UsageError(f"{source!r} has no frame to ask about.")
 
@@ -36,7 +39,7 @@ def converse(session: Session, uri: str) -> None:
     interactive = sys.stdin.isatty()
     camera = Camera(session, uri)
     camera.wait()
-    typer.echo(f"Watching {camera.source.uri}. Type a question; Ctrl-D leaves.", err=True)
+    typer.echo(f"Watching {camera.source.uri}. Type a question, or /since 2h QUESTION, /at, /between; Ctrl-D leaves.", err=True)
     try:
         while True:
             line = _read_line(interactive)
@@ -62,11 +65,13 @@ def _read_line(interactive: bool) -> str | None:
 
 def _reply(session: Session, question: str) -> None:
     try:
-        answers = session.ask(question)
+        typed, question = read_line(question)
+        answers = session.ask(question, interval=None if typed is None else session.calendar.interval(typed))
         for piece in answers:
             typer.echo(piece, nl=False)
         typer.echo()
-        typer.echo(f"  [{answers.result.trace}]", err=True)
+        for line in notes(answers.result):
+            typer.echo(f"  [{line}]", err=True)
     except UsageError as error:
         typer.echo(str(error), err=True)
 

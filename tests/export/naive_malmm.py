@@ -71,12 +71,15 @@ class Bank:
 
 @dataclass(frozen=True)
 class Said:
-    """What one frame gave: `[Q, H]`, `[Q, n_embd]`, and the pairs that banks chose to merge after it (None = none)."""
+    """What one frame gave: `[Q, H]`, `[Q, n_embd]`, the pairs that banks chose to merge after it (None = none), and where its query
+    rows looked: of each cross-attention the mean over heads and rows, `[X, used, N]`, slots oldest first (None = not known).
+    """
 
     query_output: Tensor
     soft_prompt: Tensor
     visual_choice: np.ndarray | None
     query_choice: list[np.ndarray | None]
+    attention: Tensor | None = None
 
 
 class NaiveMALMM:
@@ -97,6 +100,7 @@ class NaiveMALMM:
         self.text_ids = torch.as_tensor(np.asarray(text_ids))
         self.visual = Bank(length)
         self.query = [Bank(length) for _ in range(self.config.layers)]
+        self.looked: dict[str, Tensor] = {}
 
     def see(
         self,
@@ -128,7 +132,9 @@ class NaiveMALMM:
                 queries = self._cross_attention(index, queries)
             x = torch.cat([self._ffn(index, "query_ffn", queries), self._ffn(index, "text_ffn", text)])
         output = x[: config.queries]
-        return Said(output, self._linear("llm_proj", output), self.visual.compress(visual_merge), choices)
+        crosses = [self.looked[f"layers.{index}.cross"] for index in range(0, config.layers, config.cross_every)]
+        attention = torch.stack(crosses).unflatten(1, (len(self.visual.rows), len(features)))
+        return Said(output, self._linear("llm_proj", output), self.visual.compress(visual_merge), choices, attention)
 
     def _embedding(self) -> Tensor:
         text = self.weights["word_embeddings.weight"][self.text_ids]
@@ -169,11 +175,13 @@ class NaiveMALMM:
     def _attend(self, name: str, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         width = self.config.hidden // self.config.heads
         query = self._linear(f"{name}.query", x)
-        context = []
+        context, shares = [], []
         for head in range(self.config.heads):
             part = slice(head * width, (head + 1) * width)
             share = torch.softmax(query[:, part] @ keys[:, part].T / width**0.5, dim=-1)
             context.append(share @ values[:, part])
+            shares.append(share)
+        self.looked[name] = sum(share.mean(0) for share in shares) / len(shares)
         return self._norm(f"{name}.norm", self._linear(f"{name}.dense", torch.cat(context, dim=-1)) + x)
 
     def _ffn(self, index: int, kind: str, x: Tensor) -> Tensor:

@@ -188,6 +188,23 @@ def test_replay_equals_the_online_loop_over_the_slots_however_many_are_used(rand
     assert difference.max() < TIGHT
 
 
+def test_the_attention_of_a_replay_is_that_of_the_online_loop(random_case):
+    """The last of it, once by the graph at the end of a stream, once by the slow loop over the slots in time order."""
+    bundle, deployed = random_case
+    qformer, reference = QFormer(bundle), load_qformer(bundle.path)
+    for features, time_s in zip(deployed.features, times_of(len(deployed.features)), strict=True):
+        qformer.remember(features, time_s)
+        attention = qformer.replay(qformer.prompt(QUESTION)).attention
+        plain = replay_of(reference, deployed.text_ids, qformer).attention
+        assert attention is not None and plain is not None
+        by_slot = np.zeros_like(attention)
+        order = np.broadcast_to(qformer.bank.order[0], plain.shape)
+        np.put_along_axis(by_slot, order, plain.numpy().astype(np.float32), axis=1)
+        assert attention.shape == (len(qformer.dims.cross_layers), qformer.dims.slots, qformer.dims.tokens)
+        assert np.abs(attention - by_slot).max() < TIGHT
+    qformer.close()
+
+
 def test_replay_equals_a_standing_question_exactly_as_long_as_nothing_has_merged(random_case):
     bundle, deployed = random_case
     difference = np.abs(deployed.replayed - deployed.soft_prompt).max(axis=(1, 2))
