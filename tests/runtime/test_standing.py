@@ -211,6 +211,15 @@ def test_frames_do_not_wait_for_answers_and_the_newest_state_is_asked_about(
     assert session.ask is slow and told[0].previous is None
 
 
+def test_live_rounds_are_as_far_apart_as_offline(session: Session, clip: Path) -> None:
+    """Of a file that plays as a camera: at 0, 1 and 2 s, and once more at the frame after which nothing is watched."""
+    session.forget()
+    standing = StandingQuestions(session, [Question(COLOR)], lambda change: None, every_s=1.0)
+    follow_camera(standing, str(clip), until_s=2.4)
+    summary = standing.summary
+    assert summary.frames >= 9 and summary.answers == summary.rounds <= 4 and summary.rounds + summary.rounds_dropped >= 3
+
+
 def test_a_camera_that_is_lost_is_opened_again_and_time_goes_on(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "RETRY_S", (0.1, 0.2))
     session.forget()
@@ -230,8 +239,8 @@ def test_a_camera_that_is_lost_is_opened_again_and_time_goes_on(session: Session
 def test_a_source_that_is_opened_again_goes_on_by_the_clock_of_its_captures() -> None:
     image = np.zeros((2, 2, 3), np.uint8)
     before = Frame(image, 7.0, 100.0, 28)
-    again = [Frame(image, 0.0, 112.5, 0), Frame(image, 0.3, 112.75, 1)]
-    assert [frame.time_s for frame in continued(again, before)] == [19.5, 19.8]
+    again = [Frame(image, 0.25, 112.5, 0), Frame(image, 0.5, 112.75, 1)]
+    assert [frame.time_s for frame in continued(again, before)] == [19.5, 19.75]
     assert list(continued(again, None)) == again
 
 
