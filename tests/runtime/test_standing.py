@@ -32,7 +32,7 @@ from keepsight.runtime.standing import (
     parse_question,
 )
 from keepsight.streams import Frame, write_video
-from keepsight.streams.errors import UsageError
+from keepsight.streams.errors import SourceNotFoundError, UsageError
 
 from ..random_bundle import random_frames
 
@@ -234,6 +234,24 @@ def test_a_camera_that_is_lost_is_opened_again_and_time_goes_on(session: Session
             camera.kill()
     assert standing.summary.frames > 4 and session.time_s >= 3.0
     assert standing.summary.rounds >= 3
+
+
+def test_a_camera_that_is_unplugged_is_waited_for(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is gone is refused when it is opened, and not only when it is read."""
+    monkeypatch.setattr(watching, "RETRY_S", (0.05, 0.1))
+    session.forget()
+    opened, honest = [], session.source
+
+    def plugged_again_at_the_third_try(uri: str, **options: Any) -> Any:
+        opened.append(uri)
+        if len(opened) in (2, 3):
+            raise SourceNotFoundError("there is no camera.")
+        return honest("test://ball?frames=4" if len(opened) == 1 else "test://ball", **options)
+
+    monkeypatch.setattr(session, "source", plugged_again_at_the_third_try)
+    standing = StandingQuestions(session, [parse_question(f"{SEEN} [yes|no]")], lambda change: None)
+    follow_camera(standing, "test://ball", until_s=1.5)
+    assert len(opened) == 4 and session.time_s >= 1.5
 
 
 def test_a_source_that_is_opened_again_goes_on_by_the_clock_of_its_captures() -> None:
