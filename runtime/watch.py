@@ -136,11 +136,18 @@ class Camera:
         return source
 
     def _again(self, error: KeepsightError) -> None:
-        if not self.source.uri.is_camera:
-            raise error
-        typer.echo(f"{error} Trying again in {self._pause_s:.1f} s.", err=True)
-        self.close()
-        time.sleep(self._pause_s * random.uniform(0.8, 1.2))
-        self._pause_s = min(2 * self._pause_s, RETRY_S[1])
-        self._dropped_before += self.source.dropped
-        self.source = self._open()
+        """Open the source anew, after a pause; a camera that is unplugged is waited for."""
+        while self.source.uri.is_camera:
+            typer.echo(f"{error} Trying again in {self._pause_s:.1f} s.", err=True)
+            self.close()
+            time.sleep(self._pause_s * random.uniform(0.8, 1.2))
+            self._pause_s = min(2 * self._pause_s, RETRY_S[1])
+            dropped = self.dropped
+            try:
+                self.source = self._open()
+            except SourceNotFoundError as absent:
+                error = absent
+                continue
+            self._dropped_before = dropped
+            return
+        raise error

@@ -10,6 +10,7 @@ import pytest
 from keepsight.runtime.memory import MemoryBank
 from keepsight.runtime.positions import (
     AgePositions,
+    CurrentPositions,
     NonePositions,
     OrderPositions,
     ranks,
@@ -122,6 +123,38 @@ def test_an_empty_bank_has_no_positions():
     for policy, _ in POLICIES:
         assert not policy.step(bank).any()
         assert not policy.replay(bank).any()
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 6, 40])
+def test_the_marker_is_on_each_tokens_newest_slot_when_an_answer_is_made(frames):
+    policy, bank = CurrentPositions(), filled_bank(frames, seed=frames)
+    newest = np.zeros((bank.slots, TOKENS), dtype=int)
+    for token in range(TOKENS):
+        newest[shown_slots(bank, None, token)[-1][0], token] = 1
+    assert np.array_equal(policy.answer(bank), newest)
+    assert not policy.step(bank).any()  # what is banked is read without it
+    replay = policy.replay(bank)
+    assert np.array_equal(replay[-1], newest) and not replay[:-1].any()
+    assert policy.buckets == 2 and replay.dtype == policy.step(bank).dtype == policy.answer(bank).dtype == np.int32
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_marker_of_a_replay_of_some_slots_is_on_the_newest_of_those(seed):
+    bank = filled_bank(20, seed=seed)
+    visible = np.random.default_rng(seed).random((bank.slots, TOKENS)) < 0.5
+    replay = CurrentPositions().replay(bank, visible)
+    for token in range(TOKENS):
+        shown = shown_slots(bank, visible, token)
+        expected = np.zeros(bank.slots, dtype=int)
+        if shown:
+            expected[shown[-1][0]] = 1
+        assert np.array_equal(replay[-1, :, token], expected)
+    assert not replay[:-1].any()
+
+
+def test_other_policies_need_no_pass_of_their_own_for_an_answer():
+    bank = filled_bank(9)
+    assert [policy.answer(bank) for policy, _ in POLICIES] == [None] * len(POLICIES)
 
 
 @pytest.mark.parametrize("frames", [1, 3, 5, 30])

@@ -57,8 +57,9 @@ def slow_score(session: Session, question: str | Standing, option: str, score: S
     return total, len(ids) + (score != "prefix")
 
 
-@pytest.mark.parametrize("score", ["answer", "prefix", "mean"])
-@pytest.mark.parametrize("mode", ["standing", "replay"])
+@pytest.mark.parametrize(
+    ("mode", "score"), [("standing", "answer"), ("standing", "prefix"), ("standing", "mean"), ("replay", "answer")]
+)
 def test_scores_are_those_of_plain_forward_passes(session: Session, standing: Standing, mode: str, score: Score) -> None:
     question: str | Standing = standing if mode == "standing" else QUESTION
     ranking = session.rank(question, OPTIONS, score=score)
