@@ -15,6 +15,7 @@ from keepsight.runtime.options import (
     BackendName,
     BackendOption,
     BundleOption,
+    GateOption,
     GraphsOption,
     JsonOption,
     MemoryName,
@@ -67,6 +68,7 @@ def ask(
     prompt: Annotated[str | None, typer.Option(help="Replaces both templates; goes verbatim to both tokenizers.")] = None,
     variant: VariantOption = None,
     memory: MemoryOption = "mbc",
+    gate: GateOption = False,
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
@@ -77,10 +79,11 @@ def ask(
 
     question = _one_of(question, prompt)
     _refuse_missing(source)
-    with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
+    with _session(bundle, variant, memory, threads, backend, cuda_graphs, gate) as session:
         put = session.stand(question, prompt=prompt) if mode == "standing" else question
         with session.source(source) as frames:
             watch_until(session, frames, until_s=seconds if frames.is_live else when)
+        _tell_gate(session)
         answers = session.ask(put, prompt=prompt)
         if as_json:
             _print_json(answers.result.as_dict())
@@ -97,6 +100,7 @@ def run(
     bundle: BundleOption = "tiny",
     variant: VariantOption = None,
     memory: MemoryOption = "mbc",
+    gate: GateOption = False,
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
@@ -105,8 +109,9 @@ def run(
     from keepsight.runtime.watch import converse
 
     _refuse_missing(source)
-    with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
+    with _session(bundle, variant, memory, threads, backend, cuda_graphs, gate) as session:
         converse(session, source)
+        _tell_gate(session)
 
 
 @app.command("eval")
@@ -118,6 +123,7 @@ def evaluate(
     scenes: Annotated[int, typer.Option(help="Scenes of each generated stream.")] = 10,
     variant: VariantOption = None,
     memory: MemoryOption = "mbc",
+    gate: GateOption = False,
     mode: Annotated[ModeName, typer.Option(help="How questions are put.")] = "standing",
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
@@ -131,7 +137,7 @@ def evaluate(
     from keepsight.runtime import evaluate as scoring
     from keepsight.runtime.datasets import open_dataset
 
-    with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
+    with _session(bundle, variant, memory, threads, backend, cuda_graphs, gate) as session:
         manifest = session.bundle.manifest
         clips = open_dataset(
             dataset, limit=limit, seed=seed, scenes=scenes, fps=manifest.sample_fps, size=manifest.dims.image_size
@@ -139,6 +145,7 @@ def evaluate(
         results = scoring.evaluate(session, clips, mode)
         shown = track(results, f"{dataset} {memory} {mode}", total=limit, console=Console(stderr=True), transient=True)
         report = scoring.summary(shown)
+        _tell_gate(session)
     if as_json:
         _print_json(report)
     else:
@@ -225,15 +232,28 @@ def _refuse_missing(source: str) -> None:
 
 
 def _session(
-    bundle: str, variant: str | None, memory: MemoryName, threads: int | None, backend: BackendName, cuda_graphs: bool
+    bundle: str,
+    variant: str | None,
+    memory: MemoryName,
+    threads: int | None,
+    backend: BackendName,
+    cuda_graphs: bool,
+    gate: bool = False,
 ) -> Session:
     from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle
+    from keepsight.runtime.gate import FrameGate
     from keepsight.runtime.session import Session
 
     opened = Bundle.open(bundle, variant=variant)
     engines = open_engines(opened, backend, threads=threads or 1, cuda_graphs=cuda_graphs)
-    return Session(opened, memory=memory, threads=threads, engines=engines)
+    return Session(opened, memory=memory, threads=threads, engines=engines, gate=FrameGate() if gate else None)
+
+
+def _tell_gate(session: Session) -> None:
+    """Say on stderr what the gate left out, if there is a gate."""
+    if session.gate is not None:
+        typer.echo(str(session.gate), err=True)
 
 
 def _print_json(value: Any) -> None:

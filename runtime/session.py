@@ -13,6 +13,7 @@ from types import TracebackType
 from keepsight.runtime.answer import Answer, AnswerStream, LatencyTrace, Mode
 from keepsight.runtime.backends import Engines
 from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.gate import FrameGate
 from keepsight.runtime.llm import LLM, Segment, render, verbatim
 from keepsight.runtime.llm import Answer as Written
 from keepsight.runtime.memory import Policy
@@ -51,6 +52,7 @@ class Session:
         threads: CPU threads of each stage; by default one for the graphs and all cores for the LLM.
         llm: a language model that is already loaded, to share one between sessions; by default the bundle's is loaded.
         engines: the bundle's graphs, loaded on another backend than the CPU (`open_engines`); closed with the session.
+        gate: leaves frames that show nothing out of the memory; by default every frame goes in.
 
     Raises:
         EngineError, LLMError, MissingModelError: a part of the bundle can't be loaded.
@@ -64,8 +66,10 @@ class Session:
         threads: int | None = None,
         llm: LLM | None = None,
         engines: Engines | None = None,
+        gate: FrameGate | None = None,
     ) -> None:
         self.bundle = bundle
+        self.gate = gate
         self._close = ExitStack()
         self._qformer = QFormer(bundle, memory=memory, threads=threads or 1, engines=engines)
         self._close.callback(self._qformer.close)
@@ -92,6 +96,8 @@ class Session:
     def see(self, frame: Frame) -> FrameCost:
         """Encode one frame, put it into the memory, and let every standing question read it.
 
+        A frame that the gate refuses changes nothing, and has cost nothing.
+
         Raises:
             EngineError: the frame does not fit the vision graph, or a graph gave something that is not finite.
         """
@@ -101,6 +107,8 @@ class Session:
                 f"frame {frame.index} is {list(frame.image.shape)}, the vision graph takes [{size}, {size}, 3].",
                 fix="Open it with Session.source, which scales.",
             )
+        if self.gate is not None and not self.gate.admits(frame.image):
+            return FrameCost(0.0, 0.0, 0.0)
         start = perf_counter()
         features = self._qformer.encode(frame.image[None])[0]
         seen = perf_counter()
