@@ -28,6 +28,7 @@ from keepsight.export.bench_naive import NaiveLoop, Seen, linear_rates
 from keepsight.export.graphs import GRAPHS
 from keepsight.export.qformer import QFormer, QFormerConfig
 from keepsight.runtime.backends import Engines, open_engines
+from keepsight.runtime.bank import Bank
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.memory import MemoryBank, Rider
 from keepsight.runtime.qformer import QFormer as DeployedQFormer
@@ -363,7 +364,7 @@ def _full_bank(case: Case, bundle: Bundle, engines: Engines) -> FastPath:
     return path
 
 
-def _riders_by_time(bank: MemoryBank) -> list[dict[str, NDArray[Any]]]:
+def _riders_by_time(bank: Bank) -> list[dict[str, NDArray[Any]]]:
     """Keys and values of each place in time, as that many frames would have brought them."""
     tokens = np.arange(bank.tokens)
     return [{name: values[:, slot, tokens] for name, values in bank.riders.items()} for slot in bank.order[0]]

@@ -17,6 +17,7 @@ from keepsight.export.bench_bundle import Case
 from keepsight.export.graphs import GRAPHS, example_inputs
 from keepsight.export.qformer import QFormer
 from keepsight.runtime.backends import Engines
+from keepsight.runtime.bank import Bank
 from keepsight.runtime.engine import Array, Tensor, TensorSpec
 from keepsight.runtime.memory import MemoryBank, Rider
 from keepsight.runtime.qformer import QFormer as DeployedQFormer
@@ -68,7 +69,7 @@ def double_path(qformer: QFormer, case: Case) -> tuple[DeployedQFormer, Standing
     return deployed, standing
 
 
-def _in_double(bank: MemoryBank) -> MemoryBank:
+def _in_double(bank: Bank) -> MemoryBank:
     """An empty bank of the same shape in float64."""
     riders = {name: Rider(values.shape[0], values.shape[-1]) for name, values in bank.riders.items()}
     return MemoryBank(

@@ -11,7 +11,7 @@ goes into a layer, and nothing stands between a banked row and its affine key an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +191,7 @@ class QFormer(nn.Module):
         queries, text = x[..., : self.config.queries, :], x[..., self.config.queries :, :]
         projected = cross.query(queries)
         if shares is not None:
-            newest = -1 if projected.dim() > 2 else ...
+            newest: Any = -1 if projected.dim() > 2 else ...
             place = None if bucket is None else bucket[newest]
             shares.append(self.visual_share(index, projected[newest], k[newest], mask[newest], place))
         q, keys, values = cross.split(projected), cross.split(k), cross.split(v)

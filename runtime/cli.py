@@ -19,6 +19,7 @@ from keepsight.runtime.options import (
     BundleOption,
     EvidenceOption,
     FeatureLogOption,
+    GateOption,
     GraphsOption,
     JsonOption,
     LogBytesOption,
@@ -77,7 +78,7 @@ def ask(
     seconds: Annotated[float, typer.Option(help="How long to watch a live source.")] = 10.0,
     mode: Annotated[
         ModeName | None,
-        typer.Option(help="standing: carried along from the first frame [default]; replay: asked at the end, as about an interval."),
+        typer.Option(help="standing: carried along from the first frame [default]; replay: asked at the end."),
     ] = None,
     since: SinceOption = None,
     at: AtOption = None,
@@ -90,6 +91,7 @@ def ask(
     score: ScoreOption = "answer",
     variant: VariantOption = None,
     memory: OfflineMemoryOption = "mbc",
+    gate: GateOption = False,
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
@@ -124,13 +126,14 @@ def ask(
         raise UsageError("A snapshot has its own moment: --when can't be used with it.", fix="Leave it out.")
     elif memory == "concat":
         raise UsageError("A snapshot is of a memory; concat has none.", fix="Leave --memory out.")
-    with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
+    with _session(bundle, variant, memory, threads, backend, cuda_graphs, gate) as session:
         if saved is not None:
             put = ask_saved(session, saved, question, prompt=prompt, mode=put_as)
         else:
             put = session.stand(question, prompt=prompt) if put_as == "standing" else question
             with session.source(source) as frames:
                 watch_until(session, frames, until_s=seconds if frames.is_live else when)
+        _tell_gate(session)
         if choices is not None:
             ranking = session.rank(put, choices, prompt=prompt, score=score)
             typer.echo(json.dumps(ranking.as_dict(), ensure_ascii=False) if as_json else str(ranking))
@@ -142,13 +145,14 @@ def ask(
 
 @app.command("memory")
 def show_memory(
-    source: Annotated[str, typer.Argument(help="A file, watched to its end, a live source, watched for --seconds; or a snapshot.")],
+    source: Annotated[str, typer.Argument(help="A file, watched to its end; a live source, for --seconds; or a snapshot.")],
     bundle: BundleOption = "tiny",
     seconds: Annotated[float, typer.Option(help="How long to watch a live source.")] = 10.0,
     png: Annotated[Path | None, typer.Option(help="Draw it: what each visual token keeps of every time.")] = None,
     key_frames: Annotated[Path | None, typer.Option(help="Folder to write the key frames to.")] = None,
     variant: VariantOption = None,
     memory: MemoryOption = "mbc",
+    gate: GateOption = False,
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
@@ -162,12 +166,13 @@ def show_memory(
     saved = Snapshot.read(source) if is_snapshot(source) else None
     if saved is None:
         _refuse_missing(source)
-    with _session(bundle, variant, memory, threads, backend, cuda_graphs, llm=False) as session:
+    with _session(bundle, variant, memory, threads, backend, cuda_graphs, gate, llm=False) as session:
         if saved is not None:
             session.restore(saved)
         else:
             with session.source(source) as frames:
                 watch_until(session, frames, until_s=seconds if frames.is_live else None)
+        _tell_gate(session)
         show_timeline(session, png=png, key_frames=key_frames, as_json=as_json)
 
 
@@ -177,6 +182,7 @@ def run(
     bundle: BundleOption = "tiny",
     variant: VariantOption = None,
     memory: MemoryOption = "mbc",
+    gate: GateOption = False,
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
@@ -194,13 +200,14 @@ def run(
     _refuse_missing(source)
     budget = parse_bytes(log_bytes)
     with (
-        _session(bundle, variant, memory, threads, backend, cuda_graphs) as session,
+        _session(bundle, variant, memory, threads, backend, cuda_graphs, gate) as session,
         kept(
             session, source, snapshot=snapshot, save_every_s=save_every, kv=snapshot_kv,
             log=feature_log, log_every_s=log_every, log_bytes=budget,
         ),
     ):  # fmt: skip
         converse(session, source)
+        _tell_gate(session)
 
 
 @app.command()
@@ -216,6 +223,7 @@ def watch(
     bundle: BundleOption = "tiny",
     variant: VariantOption = None,
     memory: MemoryOption = "mbc",
+    gate: GateOption = False,
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
@@ -226,7 +234,7 @@ def watch(
 
     asked = [parse_question(spelling) for spelling in question]
     _refuse_missing(source)
-    with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
+    with _session(bundle, variant, memory, threads, backend, cuda_graphs, gate) as session:
         standing = StandingQuestions(
             session, asked, lambda change: typer.echo(json.dumps(change.as_dict(), ensure_ascii=False) if as_json else change),
             every_s=every, score=score,
@@ -244,6 +252,7 @@ def watch(
             _print_json(standing.summary.as_dict())
         else:
             typer.echo(str(standing.summary), err=True)
+        _tell_gate(session)
 
 
 @app.command("eval")
@@ -255,6 +264,7 @@ def evaluate(
     scenes: Annotated[int, typer.Option(help="Scenes of each generated stream.")] = 10,
     variant: VariantOption = None,
     memory: OfflineMemoryOption = "mbc",
+    gate: GateOption = False,
     mode: Annotated[ModeName, typer.Option(help="How questions are put.")] = "standing",
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
@@ -270,7 +280,7 @@ def evaluate(
 
     if memory == "concat":
         _refuse_for_concat(None, mode)
-    with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
+    with _session(bundle, variant, memory, threads, backend, cuda_graphs, gate) as session:
         manifest = session.bundle.manifest
         clips = open_dataset(
             dataset, limit=limit, seed=seed, scenes=scenes, fps=manifest.sample_fps, size=manifest.dims.image_size
@@ -278,6 +288,7 @@ def evaluate(
         results = scoring.evaluate(session, clips, mode)
         shown = track(results, f"{dataset} {memory} {mode}", total=limit, console=Console(stderr=True), transient=True)
         report = scoring.summary(shown)
+        _tell_gate(session)
     if as_json:
         _print_json(report)
     else:
@@ -393,18 +404,26 @@ def _session(
     threads: int | None,
     backend: BackendName,
     cuda_graphs: bool,
+    gate: bool = False,
     *,
     llm: bool = True,
 ) -> Session:
     from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle
+    from keepsight.runtime.gate import FrameGate
     from keepsight.runtime.session import Session
 
     opened = Bundle.open(bundle, variant=variant)
     if not llm:
         opened = Bundle(opened.path, opened.manifest.model_copy(update={"llm": None}), opened.variant)
     engines = open_engines(opened, backend, threads=threads or 1, cuda_graphs=cuda_graphs)
-    return Session(opened, memory=memory, threads=threads, engines=engines)
+    return Session(opened, memory=memory, threads=threads, engines=engines, gate=FrameGate() if gate else None)
+
+
+def _tell_gate(session: Session) -> None:
+    """Say on stderr what the gate left out, if there is a gate."""
+    if session.gate is not None:
+        typer.echo(str(session.gate), err=True)
 
 
 def _print_json(value: Any) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keepsight.runtime.memory import MemoryBank
+from keepsight.runtime.bank import Bank
 from keepsight.runtime.moments import Calendar
 from keepsight.runtime.session import Session
 from keepsight.streams.errors import MissingComponentError, UsageError
@@ -42,7 +42,7 @@ def save_picture(session: Session, path: Path) -> None:
         raise UsageError(f"{path} can't be written: {error.strerror}.", fix="Name a file in your folder.") from error
 
 
-def slot_at(bank: MemoryBank, times_s: NDArray[np.float64], half_s: float) -> NDArray[np.int64]:
+def slot_at(bank: Bank, times_s: NDArray[np.float64], half_s: float) -> NDArray[np.int64]:
     """Which slot of each token covers each moment, `[N, T]`; -1 = none. Each end of a span is `half_s` wider; the newer slot wins."""
     found = np.full((bank.tokens, len(times_s)), -1, np.int64)
     tokens = np.arange(bank.tokens)
@@ -89,7 +89,7 @@ def draw_memory(session: Session) -> Image:
     return image
 
 
-def _coloured(bank: MemoryBank, slots: NDArray[np.int64], row: int) -> NDArray[np.uint8]:
+def _coloured(bank: Bank, slots: NDArray[np.int64], row: int) -> NDArray[np.uint8]:
     """Colours `[N row, T, 3]` by the logarithm of the frames in a slot; a white line where one ends."""
     sizes = np.take_along_axis(bank.sizes[0].T, np.maximum(slots, 0), axis=1)
     scale = math.log(max(2.0, float(bank.sizes.max())))

@@ -117,13 +117,14 @@ def render(
     for index, scene in enumerate(scenes):
         camera = cameras[index]
         for _ in range(scene.hold):
-            yield _expose(camera.look(), camera)
+            yield expose(camera.look(), camera)
         for step in range(scene.fade):
             share = (step + 1) / (scene.fade + 1)
-            yield _expose(camera.look() * (1 - share) + cameras[index + 1].look() * share, camera)
+            yield expose(camera.look() * (1 - share) + cameras[index + 1].look() * share, camera)
 
 
-def _expose(view: NDArray[np.float32], camera: Camera) -> NDArray[np.uint8]:
+def expose(view: NDArray[np.float32], camera: Camera) -> NDArray[np.uint8]:
+    """A view `[size, size, 3]` on 0..255 as a frame, with the camera's noise."""
     noisy = view + camera.rng.standard_normal(view.shape, np.float32) * np.float32(camera.noise)
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 

@@ -25,6 +25,7 @@ from keepsight.runtime.concat import ConcatQuestion, frames_that_fit
 from keepsight.runtime.engine import Tensor
 from keepsight.runtime.evidence import Evidence, evidence_of, moments_of
 from keepsight.runtime.feature_log import FeatureLog
+from keepsight.runtime.gate import FrameGate
 from keepsight.runtime.keyframes import KeyFrames
 from keepsight.runtime.llm import LLM, Score, Segment, render, verbatim
 from keepsight.runtime.llm import Answer as Written
@@ -70,6 +71,7 @@ class Session:
         llm: a language model that is already loaded, to share one between sessions; by default the bundle's is loaded.
         engines: the bundle's graphs, loaded on another backend than the CPU (`open_engines`); closed with the session.
         key_frames: where pictures are kept to show as evidence; by default 64 of 2 MiB together.
+        gate: leaves frames that show nothing out of the memory; by default every frame goes in.
 
     Raises:
         EngineError, LLMError, MissingModelError: a part of the bundle can't be loaded.
@@ -84,8 +86,9 @@ class Session:
         llm: LLM | None = None,
         engines: Engines | None = None,
         key_frames: KeyFrames | None = None,
+        gate: FrameGate | None = None,
     ) -> None:
-        self.bundle = bundle
+        self.bundle, self.gate = bundle, gate
         self.clock = Clock()
         self.key_frames = KeyFrames() if key_frames is None else key_frames
         self._close = ExitStack()
@@ -121,6 +124,8 @@ class Session:
     def see(self, frame: Frame, *, wall_s: float | None = None) -> FrameCost:
         """Encode one frame, put it into the memory, and let every standing question read it.
 
+        A frame that the gate refuses changes nothing, and has cost nothing.
+
         Args:
             frame: later than all before.
             wall_s: what the wall clock said when it was captured, seconds since 1970 (`wall_time_of`); None = it has no such time.
@@ -134,6 +139,8 @@ class Session:
                 f"frame {frame.index} is {list(frame.image.shape)}, the vision graph takes [{size}, {size}, 3].",
                 fix="Open it with Session.source, which scales.",
             )
+        if self.gate is not None and not self.gate.admits(frame.image):
+            return FrameCost(0.0, 0.0, 0.0)
         start = perf_counter()
         features = self._qformer.encode(frame.image[None])[0]
         seen = perf_counter()

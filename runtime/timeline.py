@@ -11,11 +11,12 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from keepsight.runtime.memory import MemoryBank
+from keepsight.runtime.bank import Bank
 from keepsight.streams.errors import UsageError
 
 __all__ = ["Clock", "Interval", "remembered", "seen_within", "wall_time_of"]
@@ -47,12 +48,12 @@ class Interval:
         return (first_s <= self.end_s) & (last_s >= self.start_s)
 
 
-def seen_within(bank: MemoryBank, interval: Interval) -> NDArray[np.bool_]:
+def seen_within(bank: Bank, interval: Interval) -> NDArray[np.bool_]:
     """Slots of a visual bank whose span overlaps an interval, `[S, N]`, each token by its own span."""
     return interval.overlaps(bank.first_s[0], bank.last_s[0])
 
 
-def remembered(bank: MemoryBank, gap_s: float) -> list[Interval]:
+def remembered(bank: Bank, gap_s: float) -> list[Interval]:
     """The time that a visual bank holds anything of, in order; spans no further apart than `gap_s` are one."""
     used = bank.visible[0]
     spans = sorted(zip(bank.first_s[0][used].tolist(), bank.last_s[0][used].tolist(), strict=True))
@@ -193,7 +194,7 @@ class Clock:
         bounds = [*self._starts, len(self._stream)]
         kept: list[int] = []
         starts = []
-        for first, end in zip(bounds, bounds[1:], strict=False):
+        for first, end in pairwise(bounds):
             run = [*range(first, end - 1, 2), end - 1] if end > first else []
             starts.append(len(kept))
             kept += run

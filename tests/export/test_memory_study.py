@@ -1,0 +1,105 @@
+"""The study's short cut, every frame encoded once for all memories, says what `keepsight eval` says; its statistics are right."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from keepsight.export.glitches import CONDITIONS, see_through
+from keepsight.export.memory_study import Encoded, Laboratory, Unit, majority, mcnemar, measure, past, summary, wilson
+from keepsight.runtime import Session
+from keepsight.runtime.datasets import open_dataset
+from keepsight.runtime.evaluate import evaluate
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return Laboratory(seed=3)
+
+
+@pytest.mark.parametrize("policy", ["mbc", "fifo"])
+def test_the_study_answers_as_eval_does(lab, policy):
+    def clips():
+        return open_dataset("easy-vqa-stream", limit=16, seed=5, scenes=4, fps=4.0, size=224)
+
+    with Session(lab.bundle, memory=policy, threads=1, llm=lab.llm) as session:
+        official = {mode: [result.right for result in evaluate(session, clips(), mode)] for mode in ("replay", "standing")}
+        ours = {"replay": [], "standing": []}
+        for clip in clips():
+            memory = lab.memory(policy)
+            standing = [memory.stand(question) for question in clip.questions]
+            with session.source(str(clip.path)) as source:
+                for frame in source:
+                    memory.see(Encoded(np.array(session.qformer.encode(frame.image[None])[0]), False), frame.time_s)
+            for question, carried in zip(clip.questions, standing, strict=True):
+                ours["replay"].append(lab.right(memory.qformer.replay(lab.prompt_of(question.text)), question))
+                ours["standing"].append(lab.right(carried.answer(), question))
+    assert ours == official
+    assert 4 <= sum(official["replay"]) <= 16
+
+
+def test_what_glitches_hold_is_what_they_were_merged_into(lab):
+    """One grey frame among many of two scenes: it is unlike everything, so it keeps its slot, in every token."""
+    memory = lab.memory("mbc")
+    grey = lab.encoded(("still", (128, 128, 128)))
+    looks = [lab.encoded(("held", take, look)) for take in (0, 30) for look in range(12)]
+    for index, frame in enumerate([*looks[:12], grey, *looks[12:]]):
+        memory.see(frame, 0.25 * index, disturbed=frame is grey)
+    assert memory.glitch_share() == pytest.approx(1 / memory.qformer.bank.slots)
+    assert grey.flat and not looks[0].flat
+    memory.forget()
+    memory.see(looks[0], 0.0)
+    assert memory.glitch_share() == 0
+
+
+def test_a_stream_is_the_same_each_time_and_its_prefix_ends_where_a_scene_stands_alone(lab):
+    scenes, keys, ends = lab.stream(2, 12)
+    again = lab.stream(2, 12)
+    assert (scenes, keys, ends) == again
+    for scene, end in zip(scenes, ends, strict=True):
+        assert keys[end][0] == "held" and lab.takes[keys[end][1]] == scene.picture
+    assert np.array_equal(lab.encoded(keys[0]).features, lab.encoded(keys[0]).features)
+    assert all(question.answer for question in lab.questions(scenes[:5], 2))
+
+
+def test_a_unit_gives_a_row_per_setting(lab):
+    rows = measure(lab, Unit("replay", 0, 5, ("mbc", "last"), asked=3))
+    assert [(row["policy"], row["scenes"], len(row["right"])) for row in rows] == [("mbc", 5, 3), ("last", 5, 3)]
+
+
+def test_conditions_disturb_as_they_say():
+    rng = np.random.default_rng(0)
+    for name, shots_of in CONDITIONS.items():
+        shots = shots_of(3000, rng)
+        share = sum(shot.disturbed for shot in shots) / len(shots)
+        assert sorted({shot.frame for shot in shots}) == list(range(3000)), name
+        assert shots[-1].still is None
+        wanted = {"undisturbed": 0, "day and night": 0, "infrared, middle third": 1 / 3, "lamp on and off": 0.5,
+                  "grey, 1 frame in 50": 1 / 51, "flicker, 1 frame in 10": 0.1}.get(name, 1 / 11)  # fmt: skip
+        assert share == pytest.approx(wanted, abs=0.03), name
+
+
+def test_views_brighten_and_take_the_color_away():
+    image = np.full((2, 2, 3), (100, 50, 0), np.uint8)
+    assert see_through(image, ("gain", 2.0)).tolist()[0][0] == [200, 100, 0]
+    assert see_through(image, ("gain", 9.0)).max() == 255
+    night = see_through(image, ("infrared", 1.0))
+    assert (night == 85).all()  # 0.4 * 100 + 0.4 * 50 + 25
+
+
+def test_intervals_and_tests_are_those_of_the_textbooks():
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert mcnemar([True] * 6 + [False], [False] * 6 + [True]) == pytest.approx(2 * (1 + 7) / 2**7)
+    assert mcnemar([True, False], [True, False]) == 1.0
+
+
+def test_a_summary_counts_the_past_alone():
+    rows = [{"kinds": ["first", "present", "first", "count"], "answers": ["red", "yes", "blue", "two"], "right": "1101"}]
+    assert past(rows) == [True, False, True]
+    cell = summary(rows)
+    assert (cell["right"], cell["asked"]) == (2, 3) and cell["by_kind"]["present"] == [1, 1]
+    assert majority(rows) == pytest.approx(2 / 3)
+    assert math.isclose(cell["low"], wilson(2, 3)[0])
