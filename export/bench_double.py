@@ -71,6 +71,7 @@ def double_path(qformer: QFormer, case: Case) -> tuple[DeployedQFormer, Standing
 
 def _in_double(bank: Bank) -> MemoryBank:
     """An empty bank of the same shape in float64."""
+    assert isinstance(bank, MemoryBank)
     riders = {name: Rider(values.shape[0], values.shape[-1]) for name, values in bank.riders.items()}
     return MemoryBank(
         length=bank.length, tokens=bank.tokens, channels=bank.channels, groups=bank.groups, riders=riders,

@@ -198,8 +198,8 @@ class QFormer(nn.Module):
         scores = torch.matmul(q, keys.transpose(-1, -2))
         hot = None
         if bucket is not None and self.config.position_rows:
-            place = self.config.cross_layers.index(index)
-            key_rows, value_rows = cross.split(self.position_key[place]), cross.split(self.position_value[place])
+            table = self.config.cross_layers.index(index)
+            key_rows, value_rows = cross.split(self.position_key[table]), cross.split(self.position_value[table])
             hot = self.position_weights(bucket)[..., None, :, :].to(q.dtype)
             scores = scores + torch.matmul(torch.matmul(q, key_rows.transpose(-1, -2)), hot.transpose(-1, -2))
         scores = scores / float(q.shape[-1]) ** 0.5 + additive(mask)[..., None, None, :]
