@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from keepsight.runtime.answer import Mode
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.feature_log import FeatureLog
-from keepsight.runtime.keep import kept, parse_bytes
+from keepsight.runtime.keep import ask_saved, kept, parse_bytes
 from keepsight.runtime.sections import checksum
 from keepsight.runtime.session import Session
 from keepsight.runtime.snapshot import Snapshot
@@ -94,9 +95,14 @@ def test_a_stopped_run_goes_on_and_its_file_can_be_asked(tmp_path: Path) -> None
 
 def test_a_standing_question_of_a_snapshot_answers_as_one(tmp_path: Path) -> None:
     path = saved_by(Bundle.open("tiny"), tmp_path / "m", standing="what color is the shape?")
-    for mode, expected in (("standing", "standing"), ("replay", "replay")):
-        asked = keepsight("ask", path, "what color is the shape?", "--mode", mode, "--threads", "1", "--json")
-        assert json.loads(asked.stdout)["mode"] == expected, asked.stderr
+    asked = keepsight("ask", path, "what color is the shape?", "--threads", "1", "--json")
+    assert json.loads(asked.stdout)["mode"] == "standing", asked.stderr
+    saved = Snapshot.read(path)
+    perception = Bundle.open("tiny")
+    with Session(Bundle(perception.path, perception.manifest.model_copy(update={"llm": None}))) as session:
+        cases: list[tuple[str, Mode]] = [("what color is the shape?", "replay"), ("what shape?", "standing")]
+        for question, mode in cases:
+            assert ask_saved(session, saved, question, prompt=None, mode=mode) == question  # by replay
 
 
 def _cut(path: Path) -> None:

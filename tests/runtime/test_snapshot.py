@@ -393,7 +393,10 @@ def test_saves_while_frames_arrive_are_all_of_one_moment(bundle: Bundle, tmp_pat
         with Saver(session, path, every_s=0.005, kv=True) as saver:
             for frame in everything:
                 session.see(frame)
-                if is_snapshot(path) and frame.index % 5 == 0:
+                saves, deadline = saver.saved, time.monotonic() + 10
+                while frame.index % 30 == 29 and saver.saved == saves and time.monotonic() < deadline:
+                    time.sleep(0.001)  # a slow disk must not turn five saves into one
+                if is_snapshot(path) and frame.index % 5 == 4:
                     snapshot = Snapshot.read(path)
                     found[snapshot.frames_seen] = snapshot
         assert saver.saved > 3 and saver.failed == 0
@@ -479,28 +482,24 @@ def test_the_bytes_that_are_promised_are_those_written(bundle: Bundle, tmp_path:
         assert (tmp_path / "m").stat().st_size == written
 
 
-@pytest.mark.parametrize(("kv", "million"), [(False, 30.6), (True, 229.6)])
-def test_bytes_at_full_size_are_those_in_the_readme(tmp_path: Path, kv: bool, million: float) -> None:
+def test_bytes_at_full_size_are_those_in_the_readme(tmp_path: Path) -> None:
     """N=257, C=1408, six cross layers of 768, M=20: a full memory of random numbers, really written."""
     dims = Dims(
         image_size=224, tokens=257, channels=1408, queries=32, hidden=768, layers=12, cross_layers=(0, 2, 4, 6, 8, 10), heads=12,
         n_embd=4096, memory_length=20, text_buckets=(16, 32, 64, 128), position_buckets=1,
     )  # fmt: skip
-    bank = MemoryBank(
-        length=20, tokens=257, channels=1408, riders={name: Rider(6, 768) for name in ("cross_k", "cross_v")}
-    )
+    bank = MemoryBank(length=20, tokens=257, channels=1408, riders=dict.fromkeys(("cross_k", "cross_v"), Rider(6, 768)))
     rng = np.random.default_rng(0)
     for t in range(22):
         riders = {name: rng.random((6, 257, 768), np.float32) for name in bank.riders}
         bank.append(rng.random((257, 1408), np.float32), time_s=t, riders=riders)
-    snapshot = Snapshot("b", "f", "fp32", "mbc", None, 0.0, None, bank.state(riders=kv))
-    written, promised = snapshot.write(tmp_path / "m"), snapshot_bytes(dims, kv=kv)
-    assert written == (tmp_path / "m").stat().st_size == pytest.approx(promised - 3 * 224**2, abs=8000)
-    assert written / 1e6 == pytest.approx(million, abs=0.3)
-    if kv:
-        return
-    rows = snapshot_bytes(dims, question_rows=[32 + 16], kv=False) - promised
-    assert rows / 1e6 == pytest.approx(102.7, abs=0.3)
+    for kv, million in ((False, 30.6), (True, 229.6)):
+        snapshot = Snapshot("b", "f", "fp32", "mbc", None, 0.0, None, bank.state(riders=kv))
+        written, promised = snapshot.write(tmp_path / "m"), snapshot_bytes(dims, kv=kv)
+        assert written == (tmp_path / "m").stat().st_size == pytest.approx(promised - 3 * 224**2, abs=8000)
+        assert written / 1e6 == pytest.approx(million, abs=0.1)
+    question = snapshot_bytes(dims, question_rows=[32 + 16], kv=True) - promised
+    assert question / 1e6 == pytest.approx(102.7, abs=0.1)
 
 
 def test_bytes_per_day_are_those_of_every_save() -> None:
