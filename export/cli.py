@@ -63,6 +63,9 @@ def export(
     lora_alpha: Annotated[
         float | None, typer.Option(help="Of every pair [default: what the PEFT folder says; a checkpoint needs it].")
     ] = None,
+    system: Annotated[
+        Literal["malmm"], typer.Option(help="Whose memory and loop the bundle follows; so far there is MA-LMM's.")
+    ] = "malmm",
     fine_tuned: Annotated[Path | None, typer.Option(help="MA-LMM's checkpoint_best.pth, over the checkpoint.")] = None,
     vision: Annotated[Path | None, typer.Option(help="eva_vit_g.pth, for LAVIS's files.")] = None,
     tokenizer: Annotated[
@@ -81,11 +84,11 @@ def export(
 ) -> None:
     """Turn an InstructBLIP, BLIP-2 or MA-LMM checkpoint into a bundle of ONNX graphs."""
     _need("torch", "onnx", "transformers", "safetensors", "sentencepiece")
-    from keepsight.export.convert import Conversion, convert, language_source
+    from keepsight.export.convert import FLOAT32, Conversion, convert, language_source
 
     model = _open(checkpoint, vision, fine_tuned)
     options = Conversion(
-        memory_length=memory_length, sample_fps=sample_fps, prompt=prompt,
+        system=system, memory_length=memory_length, sample_fps=sample_fps, prompt=prompt,
         llm=language_source(model, llm, lora=lora, lora_alpha=lora_alpha), llm_type=llm_type, precision=precision,
         tokenizer=tokenizer,
     )  # fmt: skip
@@ -97,6 +100,8 @@ def export(
     with _shown() as progress:
         manifest = convert(model, out, options, progress=progress)
     typer.echo(f"{out}: {manifest.name}, {len(manifest.files)} files, positions {manifest.positions.policy!r}")
+    if isinstance(large := manifest.provenance.get(FLOAT32), list):
+        typer.echo(f"in float32, because float16 can't hold their weights: {', '.join(map(str, large))}")
 
 
 def _preview(model: Checkpoint, out: Path, options: Conversion, *, json: bool) -> None:
@@ -122,7 +127,7 @@ def quantize(
         Literal["onnxruntime", "modelopt"],
         typer.Option("--with", help="What calibrates: ONNX Runtime, or NVIDIA ModelOpt (keepsight[modelopt])."),
     ] = "onnxruntime",
-    frames: Annotated[int, typer.Option(help="Frames to take of each source at most.")] = 128,
+    frames: Annotated[int, typer.Option(min=1, help="Frames to take of each source at most.")] = 128,
     least_cosine: Annotated[
         float, typer.Option(help="What the features must keep; the first operators stay as they are for it.")
     ] = 0.98,
@@ -166,7 +171,7 @@ def verify(
     clip: Annotated[
         str | None, typer.Option(help="A video or directory of pictures [default: synthetic scenes]; with a trace, its source.")
     ] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames to use at most [default: 5 memory lengths].")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames to use at most [default: 5 memory lengths].")] = None,
     question: Annotated[list[str] | None, typer.Option(help="To ask; may be given several times.")] = None,
     pixels: Annotated[
         bool, typer.Option("--pixels", help="Measure what each scaler, aspect and colorimetry does to the model; needs --clip.")
@@ -323,6 +328,10 @@ def _pixel_table(pixels: list[PixelParity]) -> Table:
 def _open(checkpoint: Path, vision: Path | None, fine_tuned: Path | None) -> Checkpoint:
     from keepsight.export import checkpoints
 
+    if checkpoint.is_dir() and vision is not None:
+        raise UsageError(
+            f"{checkpoint} is a Hugging Face folder, with a visual encoder of its own.", fix="Leave --vision out."
+        )
     model = checkpoints.load_huggingface(checkpoint) if checkpoint.is_dir() else checkpoints.load_lavis(checkpoint, vision)
     return model if fine_tuned is None else checkpoints.with_fine_tuned(model, fine_tuned)
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from keepsight.export.checkpoints import Checkpoint
 from keepsight.export.eva import EvaVision
 from keepsight.export.graphs import GRAPHS, export_qformer
-from keepsight.export.llama_gguf import LanguageSource, LlamaConfig, open_llama, with_lora, write_gguf
+from keepsight.export.half import too_large
+from keepsight.export.llama_gguf import LanguageSource, LlamaConfig, gguf_layout, open_llama, with_lora, write_gguf
 from keepsight.export.llama_reference import check_gguf
 from keepsight.export.memory_graph import write_memory_graph
 from keepsight.export.qformer import QFormer, QFormerConfig
 from keepsight.export.streamed import export_streamed
 from keepsight.export.weights import store_weights
-from keepsight.export.wordpiece import write_text_tokenizer
+from keepsight.export.wordpiece import text_tokenizer, write_text_tokenizer
 from keepsight.runtime.device_bank import MEMORY
 from keepsight.runtime.gguf_cache import QUANTISATIONS, quantise
 from keepsight.runtime.gguf_rows import find_matrix
@@ -35,6 +36,7 @@ from keepsight.runtime.manifest import (
     Manifest,
     NoPositionsInfo,
     Preprocessing,
+    System,
     TableInfo,
     Templates,
     sha256_of,
@@ -43,6 +45,7 @@ from keepsight.runtime.manifest import (
 from keepsight.streams.errors import CheckpointError, UsageError
 
 __all__ = [
+    "FLOAT32",
     "LLM_FILE",
     "TABLE_FILE",
     "TOKENIZER_FILE",
@@ -50,6 +53,7 @@ __all__ = [
     "Precision",
     "check_options",
     "convert",
+    "dims_of",
     "language_source",
     "manifest_of",
     "position_policy",
@@ -60,6 +64,8 @@ __all__ = [
 LLM_FILE = "llm.gguf"
 TOKENIZER_FILE = "tokenizer.json"
 TABLE_FILE = "positions.f32"
+FLOAT32 = "float32"
+"""In the provenance of a float16 bundle: the weights that float16 can't hold, which are computed with in float32."""
 _BUCKETS = (16, 32, 64, 128)
 
 Precision = Literal["fp32", "fp16"]
@@ -73,6 +79,7 @@ class Conversion:
     """What a checkpoint does not say itself.
 
     Attributes:
+        system: which reference's memory and loop the bundle follows.
         memory_length: M. MA-LMM's scripts have 10 for question answering, 20 for classification, 40 for captions.
         sample_fps: frames per second that go into the memory (LVU's clips were sampled at one).
         prompt: how a question is put to the Q-Former and the language model alike, with `{question}`.
@@ -82,6 +89,7 @@ class Conversion:
         tokenizer: the Q-Former's tokenizer, if it does not lie beside the checkpoint.
     """
 
+    system: System = "malmm"
     memory_length: int = 20
     sample_fps: float = 1.0
     prompt: str = "{question}"
@@ -95,14 +103,12 @@ def convert(checkpoint: Checkpoint, out: Path, options: Conversion, *, progress:
     """Write a bundle to `out`, which appears when it is complete: until then it is `NAME.part` beside it.
 
     Raises:
-        UsageError: `out` is there and is no bundle, or an option makes no sense.
-        CheckpointError: no text tokenizer.
+        UsageError: `out` is there and is no bundle, or can't be made, or an option makes no sense.
+        CheckpointError: no text tokenizer, a LLaMA that does not fit.
     """
     check_options(checkpoint, out, options)
     qformer, positions = positioned(checkpoint)
-    partial = out.with_name(f"{out.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = _made(out.with_name(f"{out.name}.part"))
     try:
         manifest = _write(checkpoint, qformer, positions, partial, options, progress or _silent)
         if out.exists():
@@ -111,6 +117,16 @@ def convert(checkpoint: Checkpoint, out: Path, options: Conversion, *, progress:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
+
+
+def _made(folder: Path) -> Path:
+    """The folder, new and empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"{folder} can't be made ({error.strerror}).", fix="Name another folder with --out.") from error
+    return folder
 
 
 def language_source(
@@ -211,22 +227,25 @@ def _write(
     text = _text_buckets(qformer.config)
     vision = checkpoint.vision
     frames = torch.zeros(1, vision.image_size, vision.image_size, 3, dtype=torch.uint8)
-    export_streamed(
+    half = options.precision == "fp16"
+    large = export_streamed(
         lambda: EvaVision(vision),
         checkpoint.vision_tensors,
         {"frames": frames},
         ["features"],
         folder / "vision.onnx",
         dynamic_axes={"frames": {0: "batch"}, "features": {0: "batch"}},
-        half_compute=options.precision == "fp16",
+        half_compute=half,
         progress=lambda done, total: progress("visual encoder", done, total),
     )
     progress("Q-Former", 0, 1)
     slots = options.memory_length + 1
     graphs = export_qformer(
         qformer, folder, slots=slots, tokens=vision.tokens, text=text[0], half_storage=False,
-        half_compute=options.precision == "fp16",
+        half_compute=half,
     )  # fmt: skip
+    if half:
+        large += [name for name, weight in qformer.named_parameters() if too_large(weight)]
     store_weights(qformer, folder, graphs)
     progress("Q-Former", 1, 1)
     if isinstance(positions, TableInfo) and checkpoint.image_pe is not None:
@@ -237,6 +256,8 @@ def _write(
     llm = _language_model(options, checkpoint.name, folder, progress)
     manifest = manifest_of(checkpoint, folder.name.removesuffix(".part"), positions, options, llm)
     write_memory_graph(folder, manifest.dims)
+    if large:
+        manifest = manifest.model_copy(update={"provenance": {**manifest.provenance, FLOAT32: large}})
     return write_manifest(folder, manifest)
 
 
@@ -247,12 +268,8 @@ def manifest_of(
     vision, config = checkpoint.vision, checkpoint.qformer
     return Manifest(
         name=name,
-        dims=Dims(
-            image_size=vision.image_size, tokens=vision.tokens, channels=config.channels, queries=config.queries,
-            hidden=config.hidden, layers=config.layers, cross_layers=tuple(config.cross_layers), heads=config.heads,
-            n_embd=config.n_embd, memory_length=options.memory_length, text_buckets=_text_buckets(config),
-            position_buckets=positions.buckets(options.memory_length + 1),
-        ),
+        system=options.system,
+        dims=dims_of(checkpoint, positions, memory_length=options.memory_length),
         preprocessing=Preprocessing(width=vision.image_size, height=vision.image_size, scaler="bicubic-wrap"),
         sample_fps=options.sample_fps,
         templates=_templates(checkpoint, options),
@@ -266,17 +283,30 @@ def manifest_of(
     )  # fmt: skip
 
 
+def dims_of(checkpoint: Checkpoint, positions: NoPositionsInfo | CurrentInfo, *, memory_length: int) -> Dims:
+    """The dimensions of a bundle of this checkpoint."""
+    vision, config = checkpoint.vision, checkpoint.qformer
+    return Dims(
+        image_size=vision.image_size, tokens=vision.tokens, channels=config.channels, queries=config.queries,
+        hidden=config.hidden, layers=config.layers, cross_layers=tuple(config.cross_layers), heads=config.heads,
+        n_embd=config.n_embd, memory_length=memory_length, text_buckets=_text_buckets(config),
+        position_buckets=positions.buckets(memory_length + 1),
+    )  # fmt: skip
+
+
 def check_options(checkpoint: Checkpoint, out: Path, options: Conversion) -> None:
     """Refuse what can't be exported, before anything is written.
 
     Raises:
         UsageError: `out` is there and is no bundle, or an option makes no sense.
-        CheckpointError: no text tokenizer.
+        CheckpointError: no text tokenizer, or a LLaMA whose tensors or tokenizer do not fit its configuration.
     """
     if out.exists() and not (out / MANIFEST).is_file():
         raise UsageError(f"{out} is there and is no bundle.", fix="Name a folder that does not exist yet.")
     if options.memory_length < 1:
         raise UsageError(f"a memory of {options.memory_length} slots remembers nothing.", fix="Give at least 1.")
+    if not options.sample_fps > 0:
+        raise UsageError(f"at {options.sample_fps:g} frames per second nothing is seen.", fix="Give more than 0.")
     if options.prompt.count("{question}") != 1:
         raise UsageError(f"the prompt {options.prompt!r} must hold {{question}} once.")
     if checkpoint.qformer.vocab and options.tokenizer is None and checkpoint.tokenizer is None:
@@ -293,6 +323,16 @@ def check_options(checkpoint: Checkpoint, out: Path, options: Conversion) -> Non
                 f"the soft prompt's rows are {checkpoint.qformer.n_embd} wide, the language model takes {width}.",
                 fix="Give the language model that the checkpoint was trained with.",
             )
+    _check_tokenizers(checkpoint, options)
+
+
+def _check_tokenizers(checkpoint: Checkpoint, options: Conversion) -> None:
+    """Minutes before they are needed: the visual encoder is written first."""
+    source = options.tokenizer or checkpoint.tokenizer
+    if source is not None and checkpoint.qformer.vocab:
+        text_tokenizer(source, rows=checkpoint.qformer.vocab)
+    if isinstance(options.llm, LanguageSource):
+        gguf_layout(options.llm, name=checkpoint.name)
 
 
 def _text_buckets(config: QFormerConfig) -> tuple[int, ...]:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
+import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-__all__ = ["halve_graph", "halve_model"]
+__all__ = ["halve_graph", "halve_model", "too_large"]
 
 HEAVY = ("MatMul", "Gemm", "Conv")
 LARGEST = float(np.finfo(np.float16).max)
@@ -24,6 +25,11 @@ _MOVES: Mapping[str, int | None] = {
     "Transpose": 1, "Reshape": 1, "Flatten": 1, "Unsqueeze": 1, "Squeeze": 1, "Split": 1, "Slice": 1, "Expand": 1,
     "Gather": 1, "Identity": 1, "Concat": None,
 }  # fmt: skip
+
+
+def too_large(weight: torch.Tensor) -> bool:
+    """Whether float16 can't hold all of its numbers."""
+    return weight.numel() > 0 and not float(weight.detach().abs().max()) <= LARGEST
 
 
 def halve_model(model: onnx.ModelProto) -> list[str]:

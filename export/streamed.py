@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from keepsight.export.half import LARGEST, halve_graph
+from keepsight.export.half import halve_graph, too_large
 from keepsight.export.onnxfile import OPSET
 from keepsight.export.tensorfiles import StoredTensor
 
@@ -51,7 +51,7 @@ def export_streamed(
     dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     half_compute: bool = False,
     progress: Progress | None = None,
-) -> None:
+) -> list[str]:
     """Write the module that `build` makes, with `weights`, to `path` and `path` with the ending `.weights`.
 
     Args:
@@ -64,6 +64,9 @@ def export_streamed(
         half_compute: matrix products and convolutions in float16, as `export/half.py` says.
         progress: told after each weight.
 
+    Returns:
+        With `half_compute`: weights that float16 can't hold, whose operators stay float32.
+
     Raises:
         ValueError: the weights are not those of the module.
     """
@@ -75,8 +78,10 @@ def export_streamed(
     turned = _drop_transposes(model, set(weights))
     del model.graph.input[len(inputs) :]
     halves: set[str] = set()
+    large: list[str] = []
     if half_compute:
-        halves = halve_graph(model.graph, _halvable(weights), {name: len(t.shape) for name, t in weights.items()})
+        large = [name for name, tensor in weights.items() if too_large(tensor.read())]
+        halves = halve_graph(model.graph, weights.keys() - set(large), {name: len(t.shape) for name, t in weights.items()})
     file = path.with_suffix(".weights")
     used = {name for node in model.graph.node for name in node.input}
     with file.open("wb") as out:
@@ -89,11 +94,7 @@ def export_streamed(
                 progress(index + 1, len(weights))
     path.write_bytes(model.SerializeToString(deterministic=True))
     onnx.checker.check_model(str(path), full_check=True)
-
-
-def _halvable(weights: Mapping[str, StoredTensor]) -> set[str]:
-    """Weights that float16 can hold."""
-    return {name for name, tensor in weights.items() if float(tensor.read().detach().abs().max()) <= LARGEST}
+    return large
 
 
 def _trace(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -142,13 +143,22 @@ def _load(path: Path) -> Any:
             # Files from before torch 1.6 are no zip archives and can't be mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path} holds more than tensors, and reading it would run code from it ({reason}).",
+        raise _refusal(path, error) from error
+    except (RuntimeError, EOFError, ValueError, LookupError, OSError) as error:
+        reason = f"{type(error).__name__} {error}".strip()
+        raise CheckpointError(f"{path} is not a readable torch file ({reason}).", fix="Fetch it again.") from error
+
+
+def _refusal(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
+    """Torch puts its reason behind a page of advice that leads around the protection; only the reason is passed on."""
+    said = str(error).rsplit("WeightsUnpickler error:", 1)[-1]
+    if called := re.search(r"GLOBAL (\S+)", said):
+        return CheckpointError(
+            f"{path} holds more than tensors: it asks for {called[1]}, and reading it would run code.",
             fix="If you trust it, save its tensors alone, torch.save({'model': state_dict}, file), where it may run.",
-        ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable torch file ({error}).", fix="Fetch it again.") from error
+        )
+    reason = said.strip().splitlines()[0]
+    return CheckpointError(f"{path} is not a readable torch file ({reason}).", fix="Fetch it again.")
 
 
 def _is_zip(path: Path) -> bool:

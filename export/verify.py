@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from keepsight.export.checkpoints import Checkpoint
-from keepsight.export.convert import positioned
+from keepsight.export.convert import dims_of, position_policy, positioned
 from keepsight.export.eva import EvaVision
 from keepsight.export.graphs import GRAPHS, export_qformer
 from keepsight.export.locate import changed_weights, first_difference
@@ -79,10 +79,11 @@ def source_of(bundle: Bundle, checkpoint: Checkpoint | None) -> Source:
     """The modules of a checkpoint, or those of the bundle's own: published encoder weights and the Q-Former's stored ones.
 
     Raises:
-        CheckpointError: the bundle was converted from a checkpoint, which must be named.
+        CheckpointError: the bundle was converted from a checkpoint, which must be named; or the one named has other dimensions.
     """
     if checkpoint is not None:
         model = checkpoint
+        _refuse_other_dims(bundle, model)
 
         def write(path: Path, half: bool) -> None:
             frames, weights = {"frames": _blank(model.vision.image_size)}, model.vision_tensors
@@ -99,6 +100,22 @@ def source_of(bundle: Bundle, checkpoint: Checkpoint | None) -> Source:
     qformer = load_qformer(bundle.path)
     name = "its published encoder and its own Q-Former weights"
     return Source(name, pretrained_vision, qformer, lambda path, _: export_vision(path))
+
+
+def _refuse_other_dims(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Tensors of other shapes can't be compared. Whether there is a position table, the comparison itself will show."""
+    dims = bundle.manifest.dims
+    theirs = dims_of(checkpoint, position_policy(checkpoint), memory_length=dims.memory_length)
+    apart = [
+        f"{name} {value} instead of {ours}"
+        for name, value in theirs
+        if name != "position_buckets" and value != (ours := getattr(dims, name))
+    ]
+    if apart:
+        raise CheckpointError(
+            f"{bundle.manifest.name} was not made from {checkpoint.name}, which has {', '.join(apart)}.",
+            fix="Name the checkpoint that it was exported from: --against CHECKPOINT.",
+        )
 
 
 def verify(

@@ -43,15 +43,21 @@ def _place(values: NDArray[np.float32], shared: dict[str, tuple[int, str, tuple[
     """Where a parameter's bytes stand, as they are or transposed, in single or half precision; None if nowhere."""
     for turned in (False, True) if values.ndim == 2 else (False,):
         rows = np.ascontiguousarray(values.T if turned else values)
-        for stored in (rows.astype(np.float16), rows):
+        for stored in (_half(rows), rows):
             found = shared.get(hashlib.sha256(stored.tobytes()).hexdigest())
             if found is not None and found[1] == stored.dtype.name:
                 return {"offset": found[0], "dtype": found[1], "shape": list(stored.shape), "transposed": turned}
     return None
 
 
+def _half(values: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Rounded; what float16 can't hold becomes infinite, and equals nothing that is stored."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16)
+
+
 def _append(values: NDArray[np.float32], blob: bytearray) -> dict[str, object]:
-    half = values.astype(np.float16)
+    half = _half(values)
     stored = half if (half.astype(np.float32) == values).all() else values
     blob += bytes(-len(blob) % 4)
     place = {"offset": len(blob), "dtype": stored.dtype.name, "shape": list(values.shape), "transposed": False}

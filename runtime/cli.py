@@ -48,6 +48,7 @@ app = typer.Typer(
     help="Ask a live camera what it has seen.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # as Rich markup, "[default: its first]" would be a style, and vanish
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -36,6 +36,7 @@ __all__ = [
     "NoPositionsInfo",
     "OrderInfo",
     "Preprocessing",
+    "System",
     "TableInfo",
     "Templates",
     "read_manifest",
@@ -45,6 +46,7 @@ __all__ = [
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
+System = Literal["malmm"]
 
 # Made after the export, on the machine that runs the bundle: not part of what the manifest vouches for.
 _MADE_LATER = ("engines/", "parity.json", "parity.html")
@@ -321,7 +323,7 @@ class Manifest(_Part):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     name: str
-    system: Literal["malmm"] = "malmm"
+    system: System = "malmm"
     dims: Dims
     preprocessing: Preprocessing
     sample_fps: Positive

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from keepsight.export.checkpoints import load_huggingface
 from keepsight.export.convert import Conversion, Precision, convert, language_source
+from keepsight.export.eva import EvaConfig
 from keepsight.runtime import Session
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
@@ -21,12 +22,13 @@ from keepsight.runtime.engine_store import find_engine
 from keepsight.runtime.qformer import QFormer, StandingQuestion
 from keepsight.runtime.tensorrt_build import build_engines, target_of
 from keepsight.streams import Frame
-from keepsight.streams.errors import CheckpointError, UsageError
+from keepsight.streams.errors import CheckpointError, ParityError, UsageError
 
 from ..random_bundle import random_frames
-from . import hf_models
+from . import hf_models, lavis_files
 from .hf_malmm import HuggingFaceMALMM
 from .naive_malmm import Said
+from .random_llama import save_llama
 
 SLOTS = 4
 FORCED = 1e-3  # largest difference of the soft prompt while both sides merge the same pairs
@@ -196,8 +198,21 @@ def test_what_can_not_be_converted_is_said_before_anything_is_written(tmp_path: 
         convert(replace(checkpoint, tokenizer=None), tmp_path / "bundle", OPTIONS)
     with pytest.raises(UsageError, match="remembers nothing"):
         convert(checkpoint, tmp_path / "bundle", replace(OPTIONS, memory_length=0))
+    with pytest.raises(UsageError, match="0 frames per second"):
+        convert(checkpoint, tmp_path / "bundle", replace(OPTIONS, sample_fps=0.0))
     with pytest.raises(UsageError, match="once"):
         convert(checkpoint, tmp_path / "bundle", replace(OPTIONS, prompt="what?"))
+    written: list[str] = []
+    for change, complaint in (
+        ({"tokenizer": tmp_path / "absent"}, "there is no tokenizer at"),
+        ({"llm": language_source(replace(checkpoint, llm_tokenizer=tmp_path), None)}, "there is no SentencePiece model at"),
+    ):
+        with pytest.raises(CheckpointError, match=complaint):
+            convert(checkpoint, tmp_path / "bundle", replace(OPTIONS, **change), progress=lambda what, *_: written.append(what))
+    assert written == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"can't be made \(Not a directory\).*--out"):
+        convert(checkpoint, tmp_path / "file" / "bundle", OPTIONS)
     (tmp_path / "bundle").mkdir()
     with pytest.raises(UsageError, match="is no bundle"):
         convert(checkpoint, tmp_path / "bundle", OPTIONS)
@@ -229,8 +244,61 @@ def test_opt_is_refused_and_its_visual_half_is_not(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     folder = hf_models.save(hf_models.instructblip(), tmp_path / "hf")
     arguments = ["export", str(folder), "--out", str(tmp_path / "bundle"), "--llm", "none", "--memory-length", "6"]
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(app, [*arguments, "--system", "malmm"])
     assert result.exit_code == 0, result.output
     bundle = Bundle.open(tmp_path / "bundle")
-    assert bundle.manifest.dims.memory_length == 6 and not bundle.has_llm
+    assert bundle.manifest.dims.memory_length == 6 and not bundle.has_llm and bundle.manifest.system == "malmm"
     assert bundle.manifest.provenance["files"]["model.safetensors"] == (folder / "model.safetensors").stat().st_size
+
+
+def test_a_file_that_would_not_be_read_is_refused(tmp_path: Path) -> None:
+    folder = hf_models.save(hf_models.instructblip(), tmp_path / "hf")
+    for command in (["export", str(folder), "--out", str(tmp_path / "bundle")], ["verify", "tiny", "--against", str(folder)]):
+        with pytest.raises(UsageError, match=r"a visual encoder of its own.* Leave --vision out"):
+            CliRunner().invoke(app, [*command, "--vision", "eva_vit_g.pth"], catch_exceptions=False)
+
+
+def test_weights_that_float16_can_not_hold_are_named(tmp_path: Path) -> None:
+    model = hf_models.instructblip()
+    with torch.no_grad():
+        model.vision_model.encoder.layers[1].mlp.fc2.weight[0, 0] = 1e5
+        model.qformer.encoder.layer[0].output_query.dense.weight[0, 0] = -1e5
+    folder = hf_models.save(model, tmp_path / "hf")
+    arguments = ["export", str(folder), "--out", str(tmp_path / "bundle"), "--llm", "none", "--precision", "fp16"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    large = ["blocks.1.mlp.fc2.weight", "layers.0.query_ffn.output.weight"]
+    assert f"in float32, because float16 can't hold their weights: {', '.join(large)}" in result.output
+    assert Bundle.open(tmp_path / "bundle").manifest.provenance["float32"] == large
+
+
+def test_ma_lmms_files_by_the_commands(vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAVIS's two files, MA-LMM's checkpoint over them, a LLaMA's folder: exported, and verified against what they hold."""
+    tower = EvaConfig(image_size=28, patch=7, width=48, blocks=3, heads=4, mlp=80)
+    monkeypatch.setattr("keepsight.export.checkpoints.EvaConfig", lambda: tower)  # the files do not tell; else ViT-g
+    sizes = {"qformer_hidden_size": 128, "qformer_num_attention_heads": 2, "qformer_num_hidden_layers": 12}
+    base, tuned = (hf_models.instructblip(**sizes, text_hidden_size=96) for _ in range(2))
+    image_pe = torch.zeros(100, 48)
+    image_pe[99] = torch.randn(48)
+    files = {
+        "eva_vit_g.pth": lavis_files.tower(base),
+        "trimmed.pth": {"model": lavis_files.qformer(base)},
+        "checkpoint_best.pth": {"model": lavis_files.qformer(tuned) | lavis_files.rotary() | {"image_pe.weight": image_pe}},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+    (tmp_path / "vicuna").mkdir()
+    save_llama(tmp_path / "vicuna", vocabulary, max_position_embeddings=2048)
+    tokenizer = hf_models.save(base, tmp_path / "hf") / "qformer_tokenizer"
+    parts = ["--vision", str(tmp_path / "eva_vit_g.pth"), "--fine-tuned", str(tmp_path / "checkpoint_best.pth")]
+    options = ["--llm", str(tmp_path / "vicuna"), "--tokenizer", str(tokenizer), "--memory-length", "3"]
+    export = ["export", str(tmp_path / "trimmed.pth"), *parts, "--out", str(tmp_path / "bundle"), *options]
+    result = CliRunner().invoke(app, export)
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert bundle.has_llm and bundle.manifest.positions.policy == "current" and bundle.manifest.dims.layers == 12
+    against = ["verify", str(bundle.path), "--against", str(tmp_path / "trimmed.pth"), "--frames", "5", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, [*against, *parts, "--question", hf_models.QUESTION])
+    assert result.exit_code == 0, result.output
+    with pytest.raises(ParityError):  # without what was fine-tuned it is another model
+        CliRunner().invoke(app, [*against, *parts[:2], "--question", hf_models.QUESTION], catch_exceptions=False)

@@ -60,6 +60,22 @@ def test_tokens_are_those_of_sentencepiece(vocabulary: Path, tmp_path: Path) -> 
             assert model.tokenise([Text(text)]) == pieces.Encode(text), text
 
 
+@pytest.mark.parametrize(("bos", "stored"), [(2, 2), (None, 1)], ids=["InstructBLIP's", "SentencePiece's"])
+def test_a_text_begins_as_instructblips_tokenizer_begins_it(
+    bos: int | None, stored: int, vocabulary: Path, tmp_path: Path
+) -> None:
+    """Whose special tokens are all `</s>`, id 2. The rows beyond the vocabulary are padding that is never written."""
+    from gguf import GGUFReader, TokenType
+
+    save_llama(tmp_path, vocabulary)
+    write_gguf(open_llama(tmp_path, bos=bos), tmp_path / "llm.gguf", name="test")
+    fields = GGUFReader(tmp_path / "llm.gguf").fields
+    special = {name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("bos_token_id", "eos_token_id", "add_bos_token")}
+    assert special == {"bos_token_id": stored, "eos_token_id": 2, "add_bos_token": False}
+    tokens, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    assert len(tokens) == 701 and (tokens[2], tokens[700]) == ("</s>", "[PAD]") and kinds[700] == TokenType.CONTROL
+
+
 def test_it_is_the_same_language_model_inside_an_instructblip(vocabulary: Path, tmp_path: Path) -> None:
     from . import hf_models
 

@@ -116,6 +116,23 @@ def test_and_fails_against_another(converted: Path, tmp_path: Path) -> None:
     assert report.graphs["vision"].first_difference is not None
 
 
+def test_a_checkpoint_of_other_dimensions_is_refused(converted: Path, tmp_path: Path) -> None:
+    """Before anything is compared: tensors of other shapes can't be."""
+    wider = hf_models.save(hf_models.instructblip(text_hidden_size=64, num_query_tokens=6), tmp_path / "wider")
+    without_text = hf_models.save(hf_models.blip2(), tmp_path / "blip2")
+    for other, complaint in ((wider, "queries 6 instead of 5, n_embd 64 instead of 40"), (without_text, r"text_buckets \(0,\)")):
+        with pytest.raises(CheckpointError, match=rf"bundle was not made from .*, which has {complaint}.*--against CHECKPOINT"):
+            source_of(Bundle.open(converted / "bundle"), load_huggingface(other))
+
+
+@pytest.mark.parametrize("command", ["verify", "quantize"])
+def test_a_number_of_frames_is_at_least_one(converted: Path, command: str) -> None:
+    for frames in ("0", "-3"):
+        arguments = [command, str(converted / "bundle"), "--frames", frames]
+        result = CliRunner().invoke(app, [*arguments, *(["--calibrate", "x"] if command == "quantize" else [])])
+        assert result.exit_code == 2 and "--frames" in result.output
+
+
 def test_a_marker_is_verified_too(converted: Path, tmp_path: Path) -> None:
     table = torch.zeros(120, 48)
     table[7] = 3 * torch.randn(48)

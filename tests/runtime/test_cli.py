@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.cli import app
 from keepsight.streams import errors, write_video
 from keepsight.streams.errors import KeepsightError
 
@@ -202,6 +205,17 @@ def test_inspect_lists_every_file_of_the_shipped_bundle() -> None:
     assert report["language_model"]["status"] == "checked"
     assert report["total_bytes"] < 25e6
     assert {"vision.onnx", "step.onnx", "replay.onnx"} <= set(report["bytes"])
+
+
+def test_a_help_page_shows_what_is_in_brackets() -> None:
+    """Defaults, and names of extras: not taken for markup."""
+    shown = 0
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        page = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "400", "NO_COLOR": "1"}).output
+        for bracket in re.findall(r"\[[^]]+\]", " ".join(str(getattr(option, "help", "")) for option in command.params)):
+            assert bracket in page, (name, bracket)
+            shown += 1
+    assert shown > 10
 
 
 def _kinds() -> list[type[KeepsightError]]:
