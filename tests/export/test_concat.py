@@ -129,7 +129,8 @@ def test_the_commands(tmp_path: Path) -> None:
     assert json.loads(asked.stdout)["frames_seen"] == 5
     rows = [{"video": "clip.npy", "question": QUESTION, "answer": "x", "time": time_s} for time_s in (1.0, None)]
     (tmp_path / "set.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    scored = CliRunner().invoke(app, ["eval", "tiny", str(tmp_path / "set.jsonl"), "--memory", "concat", "--json"])
+    arguments = ["eval", "tiny", str(tmp_path / "set.jsonl"), "--memory", "concat", "--threads", "1", "--json"]
+    scored = CliRunner().invoke(app, arguments)
     assert scored.exit_code == 0, scored.output
     assert json.loads(scored.stdout)["n"] == 2
 
