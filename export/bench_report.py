@@ -93,7 +93,8 @@ def _print_sizes(found: Figures, console: Console) -> None:
     for mark, median in found["update"].items():
         table.add_row(f"the visual bank's update alone, frame {mark}", f"{median:.2f}", "")
     console.print(table)
-    console.print(f"the naive loop's banks, without keys and values: {found['against_naive']['naive_bytes'] / 1e6:.0f} MB")
+    naive = found["against_naive"]["naive_bytes"]
+    console.print(f"the naive loop's banks, without keys and values: {naive / 1e6:.0f} MB")
 
 
 def _print_ask(found: Figures, console: Console) -> None:
