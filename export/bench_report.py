@@ -98,7 +98,8 @@ def _print_sizes(found: Figures, console: Console) -> None:
 
 
 def _print_ask(found: Figures, console: Console) -> None:
-    table = Table(f"a question put later, {found['slots']} slots", "ms (processor time)", "times the replay", "largest difference")
+    columns = (f"a question put later, {found['slots']} slots", "ms (processor time)", "times the replay", "largest difference")
+    table = Table(*columns)
     replay = found["processor_ms"]["replay"]
     for name, median in found["ms"].items():
         processor, apart = found["processor_ms"][name], found["max_abs_diff"].get(name)
