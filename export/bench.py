@@ -407,7 +407,7 @@ def _tiny_trace() -> Figures:
         bundle = Bundle.open("tiny")
         with Session(bundle, threads=1) as session:
             dims, fps, traces = bundle.manifest.dims, bundle.manifest.sample_fps, []
-            for index, image in enumerate(synthetic_clip(dims.memory_length + 8, dims.image_size)):
+            for index, image in enumerate(synthetic_clip(dims.memory_length + 4, dims.image_size)):
                 session.see(Frame(image, index / fps, monotonic(), index))
                 if index >= dims.memory_length:
                     traces.append(session.ask("what was there first?").result.trace)

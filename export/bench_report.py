@@ -93,11 +93,13 @@ def _print_sizes(found: Figures, console: Console) -> None:
     for mark, median in found["update"].items():
         table.add_row(f"the visual bank's update alone, frame {mark}", f"{median:.2f}", "")
     console.print(table)
-    console.print(f"the naive loop's banks, without keys and values: {found['against_naive']['naive_bytes'] / 1e6:.0f} MB")
+    naive = found["against_naive"]["naive_bytes"]
+    console.print(f"the naive loop's banks, without keys and values: {naive / 1e6:.0f} MB")
 
 
 def _print_ask(found: Figures, console: Console) -> None:
-    table = Table(f"a question put later, {found['slots']} slots", "ms (processor time)", "times the replay", "largest difference")
+    columns = (f"a question put later, {found['slots']} slots", "ms (processor time)", "times the replay", "largest difference")
+    table = Table(*columns)
     replay = found["processor_ms"]["replay"]
     for name, median in found["ms"].items():
         processor, apart = found["processor_ms"][name], found["max_abs_diff"].get(name)
