@@ -202,8 +202,8 @@ class _Bank:
 
         similarity = g.where(self.is_before, self._cosine(with_before, norm_before, norm), self.similarity)
         similarity = g.where(self.is_older, self._cosine(with_after, norm, norm_after), similarity)
-        apart = g.both(g.node("Not", self.joins_newest), self.is_newest)
-        is_last = g.node("Or", g.both(self.joins_newest, self.is_older), apart)
+        # The slot before the frame; where the merge took the newest slot in, what is written to that one means nothing.
+        is_last = g.node("Or", g.both(self.joins_newest, self.is_older), self.is_newest)
         similarity = g.where(is_last, self._cosine(with_frame, last_norm, frame_norm), similarity)
         g.output("next_similarity", _FLOAT, self.by_slot, similarity)
         norms = g.where(self.is_older, norm, self.norms)

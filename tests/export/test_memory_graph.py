@@ -24,8 +24,8 @@ MALMM = Dims(
 
 # What TensorRT 10.3's parser takes with static shapes; nothing here writes by index, branches or loops.
 PLAIN = {
-    "Abs", "Add", "And", "Cast", "Concat", "Div", "Equal", "Gather", "Greater", "GreaterOrEqual", "Less", "Max", "Mul", "Not",
-    "Or", "ReduceMax", "ReduceMin", "ReduceSum", "Reshape", "Sqrt", "Sub", "Where",
+    "Abs", "Add", "And", "Cast", "Concat", "Div", "Equal", "Gather", "Greater", "GreaterOrEqual", "Less", "Max", "Mul", "Or",
+    "ReduceMax", "ReduceMin", "ReduceSum", "Reshape", "Sqrt", "Sub", "Where",
 }  # fmt: skip
 
 
