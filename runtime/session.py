@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from types import TracebackType
 
@@ -142,6 +142,14 @@ class Session:
     def time_s(self) -> float:
         """Stream time of the newest frame; -1 before the first."""
         return -1.0 if self._newest is None else self._newest.time_s
+
+    def shift_s(self, first: Frame) -> float:
+        """Seconds to add to the times of a source that begins with this frame, since every source begins at 0 and a session's time
+        goes on: for a camera that came back, by the time that it was away.
+        """
+        if self._newest is None:
+            return 0.0
+        return self._newest.time_s + max(0.0, first.captured_at - self._newest.captured_at) - first.time_s
 
     # -- questions -------------------------------------------------------------------------------------------------
 
@@ -403,7 +411,11 @@ class Watcher:
     def _run(self) -> None:
         try:
             with self.source:
-                for frame in self.source:
+                shift_s: float | None = None
+                for delivered in self.source:
+                    if shift_s is None:
+                        shift_s = self._session.shift_s(delivered)
+                    frame = replace(delivered, time_s=delivered.time_s + shift_s)
                     self._session.see(frame, wall_s=wall_time_of(frame.captured_at) if self.source.uri.is_camera else None)
                     if self._on_frame is not None:
                         self._on_frame(frame)
