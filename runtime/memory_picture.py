@@ -44,7 +44,7 @@ def save_picture(session: Session, path: Path) -> None:
 
 
 def slot_at(bank: MemoryBank, times_s: NDArray[np.float64], half_s: float) -> NDArray[np.int64]:
-    """Which slot of each token covers each moment, `[N, T]`; -1 = none. Each end of a span is `half_s` wider; the newer slot wins."""
+    """Slot of each token that covers each moment, `[N, T]`; -1 = none. Each end of a span is `half_s` wider; the newer wins."""
     found = np.full((bank.tokens, len(times_s)), -1, np.int64)
     tokens = np.arange(bank.tokens)
     for slots in bank.order[0]:

@@ -105,7 +105,7 @@ class Session:
 
         Args:
             frame: later than all before.
-            wall_s: what the wall clock said when it was captured, seconds since 1970 (`wall_time_of`); None = it has no such time.
+            wall_s: what the wall clock said when it was captured, seconds since 1970 (`wall_time_of`); None = no such time.
 
         Raises:
             EngineError: the frame does not fit the vision graph, or a graph gave something that is not finite.
@@ -144,8 +144,8 @@ class Session:
         return -1.0 if self._newest is None else self._newest.time_s
 
     def shift_s(self, first: Frame) -> float:
-        """Seconds to add to the times of a source that begins with this frame, since every source begins at 0 and a session's time
-        goes on: for a camera that came back, by the time that it was away.
+        """Seconds to add to the times of a source that begins with this frame: every source begins at 0, a session's time goes
+        on. A camera that came back was away meanwhile.
         """
         if self._newest is None:
             return 0.0

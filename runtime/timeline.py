@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,7 +194,7 @@ class Clock:
         bounds = [*self._starts, len(self._stream)]
         kept: list[int] = []
         starts = []
-        for first, end in zip(bounds, bounds[1:], strict=False):
+        for first, end in pairwise(bounds):
             run = [*range(first, end - 1, 2), end - 1] if end > first else []
             starts.append(len(kept))
             kept += run

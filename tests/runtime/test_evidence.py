@@ -1,9 +1,10 @@
-"""Where attention went in time equals a slow count over a fine grid; key frames stay in their bounds and drop what shows least."""
+"""Where attention went in time equals a slow count over a grid; key frames stay in their bounds and drop what shows least."""
 
 from __future__ import annotations
 
 import io
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_moments_equal_a_slow_count_over_time(seed: int, interval: Interval | No
     assert len(got) == len(wanted) > 0
     for moment, (centre_from, centre_to, share, part) in zip(got, wanted, strict=True):
         assert (moment.share, moment.part) == pytest.approx((share, part), abs=1e-6)
-        # A moment goes from the first frame to the last: half a frame inside its edges, which are half a cell outside the centres.
+        # A moment goes from its first frame to its last: half a frame inside its edges, which are half a cell outside.
         edges = centre_from + FRAME_S / 4, centre_to - FRAME_S / 4
         middle = sum(edges) / 2
         assert (moment.start_s, moment.end_s) == pytest.approx((min(edges[0], middle), max(edges[1], middle)))
@@ -124,7 +125,7 @@ def slow_drops(limit: int, pooled: list[np.ndarray]) -> list[int]:
     for index in range(len(pooled)):
         kept.append(index)
         if len(kept) > limit:
-            alike = [float(pooled[a] @ pooled[b]) for a, b in zip(kept, kept[1:], strict=False)]
+            alike = [float(pooled[a] @ pooled[b]) for a, b in pairwise(kept)]
             del kept[alike.index(max(alike))]
     return kept
 

@@ -1,4 +1,4 @@
-"""A question about an interval reads what overlaps it and nothing else; live time reaches the memory; the commands say what they did."""
+"""A question about an interval reads what overlaps it and nothing else; cameras have wall time; so do the commands."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from keepsight.runtime import easyvqa
 from keepsight.runtime.answer import NOTHING_REMEMBERED
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.datasets import picture_pixels, stream_clip
+from keepsight.runtime.memory_picture import slot_at
 from keepsight.runtime.positions import ranks
 from keepsight.runtime.qformer import QFormer
 from keepsight.runtime.scenes import Scene, plan_scenes, render
 from keepsight.runtime.session import Session
+from keepsight.runtime.show import show_timeline
 from keepsight.runtime.timeline import Interval, seen_within
 from keepsight.streams import Frame
 from keepsight.streams.errors import UsageError
@@ -239,13 +241,29 @@ def test_memory_shows_and_draws_what_is_remembered(clip: Path, tmp_path: Path) -
     assert len(list((tmp_path / "frames").iterdir())) == len(report["key_frames"]) > 5
     with Image.open(tmp_path / "memory.png") as image:
         assert image.size[0] == 1200 and len(image.getcolors(1 << 20)) > 50
-    table = keepsight("memory", clip, "--png", tmp_path)
-    assert table.returncode == 2 and "can't be written" in table.stderr
-    table = keepsight("memory", clip)
-    assert table.returncode == 0 and "0:00.0" in table.stdout and "visual tokens" in table.stdout
+
+
+def test_the_table_of_a_memory_has_a_row_for_each_slot(session: Session, tmp_path: Path, capsys) -> None:
+    show_timeline(session)
+    shown = capsys.readouterr().out
+    assert "0:00.0" in shown and shown.count("%") == session.qformer.bank.used and "visual tokens" in shown
+    with pytest.raises(UsageError, match="can't be written"):
+        show_timeline(session, png=tmp_path)
 
 
 def test_the_memory_of_a_camera_is_dated(tmp_path: Path) -> None:
     report = json.loads(keepsight("memory", "test://ball", "--seconds", "1", "--json").stdout)
     start = datetime.fromisoformat(report["slots"][0]["start"])
     assert abs(start.timestamp() - time.time()) < 60 and report["clock_jumps"] == 0
+
+
+def test_every_pixel_of_a_drawing_is_the_slot_that_covers_its_moment(session: Session) -> None:
+    bank = session.qformer.bank
+    times = np.linspace(-1, session.time_s + 1, 57)
+    drawn = slot_at(bank, times, 0.125)
+    for token in range(bank.tokens):
+        for column, moment in enumerate(times):
+            spans = zip(bank.first_s[0, :, token], bank.last_s[0, :, token], strict=True)
+            covering = [slot for slot, (first, last) in enumerate(spans) if first - 0.125 <= moment <= last + 0.125]
+            newest = max(covering, key=lambda slot: bank.first_s[0, slot, token], default=-1)
+            assert drawn[token, column] == newest

@@ -73,7 +73,8 @@ def test_between_begins_at_the_most_recent_start(now: datetime, typed: tuple[str
 
 
 @pytest.mark.parametrize(
-    ("typed", "ago_s"), [("2h", 7200), ("30m", 1800), ("90s", 90), ("1h30m", 5400), ("1d", 86400), ("0.5h", 1800), ("14:00", 1800)]
+    ("typed", "ago_s"),
+    [("2h", 7200), ("30m", 1800), ("90s", 90), ("1h30m", 5400), ("1d", 86400), ("0.5h", 1800), ("14:00", 1800)],
 )
 def test_since_is_up_to_now(typed: str, ago_s: float) -> None:
     calendar = camera()

@@ -1,4 +1,4 @@
-"""Wall time that survives jumps, restarts and drift; intervals that hold exactly the slots whose spans share a moment with them."""
+"""Wall time that survives jumps, restarts and drift; intervals that hold exactly the slots that share a moment with them."""
 
 from __future__ import annotations
 
