@@ -283,7 +283,7 @@ def manifest_of(
     )  # fmt: skip
 
 
-def dims_of(checkpoint: Checkpoint, positions: NoPositionsInfo | CurrentInfo, *, memory_length: int) -> Dims:
+def dims_of(checkpoint: Checkpoint, positions: Positions, *, memory_length: int) -> Dims:
     """The dimensions of a bundle of this checkpoint."""
     vision, config = checkpoint.vision, checkpoint.qformer
     return Dims(

@@ -191,9 +191,9 @@ class QFormer(nn.Module):
         queries, text = x[..., : self.config.queries, :], x[..., self.config.queries :, :]
         projected = cross.query(queries)
         if shares is not None:
-            newest: Any = -1 if projected.dim() > 2 else ...
-            place = None if bucket is None else bucket[newest]
-            shares.append(self.visual_share(index, projected[newest], k[newest], mask[newest], place))
+            last: Any = -1 if projected.dim() > 2 else ...
+            bucket_read = None if bucket is None else bucket[last]
+            shares.append(self.visual_share(index, projected[last], k[last], mask[last], bucket_read))
         q, keys, values = cross.split(projected), cross.split(k), cross.split(v)
         scores = torch.matmul(q, keys.transpose(-1, -2))
         hot = None

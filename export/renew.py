@@ -1,4 +1,4 @@
-"""A bundle's replay graph written again from the bundle's own weights: what an older export has not, such as `attention`, is added.
+"""A bundle's replay graph written again from its own weights: what an older export has not, such as `attention`, is added.
 
 Nothing else changes: the new graph reads the weights where they lie, and the manifest gets its hash.
 """
@@ -55,7 +55,7 @@ def renew_replay(folder: Path) -> Path:
 
 
 def _storage(path: Path) -> tuple[bool, bool]:
-    """How the graph's large weights are held: (as float16 cast to float32 at the graph's head, as float16 that it computes in)."""
+    """How its large weights are held: (as float16 cast to float32 at the graph's head, as float16 that it computes in)."""
     graph = onnx.load(str(path), load_external_data=False).graph
     half = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT16}
     stored = any(name.endswith(".half") for name in half)

@@ -79,7 +79,7 @@ def ask(
     seconds: Annotated[float, typer.Option(help="How long to watch a live source.")] = 10.0,
     mode: Annotated[
         ModeName | None,
-        typer.Option(help="standing: carried along from the first frame [default]; replay: asked at the end."),
+        typer.Option(help="standing: carried along from the first frame [default]; replay: asked at the end, as intervals are."),
     ] = None,
     since: SinceOption = None,
     at: AtOption = None,

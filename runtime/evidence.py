@@ -1,4 +1,4 @@
-"""Evidence: the moments of a stream that an answer rests on, from where the Q-Former looked, and the key frames of those moments."""
+"""Evidence: the moments of a stream that an answer rests on, from where the Q-Former looked, and their key frames."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class KeyFrames:
             "times": np.array([frame.time_s for frame in self._frames], np.float64),
             "jpeg": np.concatenate(blobs) if blobs else np.zeros(0, np.uint8),
             "ends": np.cumsum([len(blob) for blob in blobs], dtype=np.int64),
-            "pooled": np.array(self._pooled, np.float32).reshape(len(blobs), -1),
+            "pooled": np.stack(self._pooled) if self._pooled else np.zeros((0, 0), np.float32),
         }
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:

@@ -24,6 +24,7 @@ __all__ = ["draw_memory", "save_picture", "slot_at"]
 _WIDTH, _LEFT, _RIGHT, _TOP = 1200, 60, 110, 40
 _THUMB, _GAP, _AXIS = 96, 14, 46
 _INK, _PAPER, _EDGE, _EMPTY = (40, 40, 40), (255, 255, 255), (255, 255, 255), (225, 225, 225)
+_FRAME = (170, 170, 170)
 # From few frames to many: dark blue, teal, green, yellow (viridis, Smith and van der Walt, 2015).
 _COLOURS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], np.float64)
 
@@ -43,7 +44,7 @@ def save_picture(session: Session, path: Path) -> None:
 
 
 def slot_at(bank: Bank, times_s: NDArray[np.float64], half_s: float) -> NDArray[np.int64]:
-    """Which slot of each token covers each moment, `[N, T]`; -1 = none. Each end of a span is `half_s` wider; the newer slot wins."""
+    """Slot of each token that covers each moment, `[N, T]`; -1 = none. Each end of a span is `half_s` wider; the newer wins."""
     found = np.full((bank.tokens, len(times_s)), -1, np.int64)
     tokens = np.arange(bank.tokens)
     for slots in bank.order[0]:
@@ -108,19 +109,17 @@ def _thumbnails(image: Image, draw: ImageDraw, session: Session, x_of: Any, top:
     """As many key frames as there is room for, each above its moment, with a line down to it; of those in the way, none."""
     from PIL import Image as Images
 
-    free_from = float(_LEFT)
+    free_from, end = _LEFT, _WIDTH - _RIGHT
     frames = session.key_frames.frames
-    for index, frame in enumerate(frames):
+    for frame in frames:
         x = x_of(frame.time_s)
-        left = min(max(_LEFT, x - _THUMB / 2), _WIDTH - _RIGHT - _THUMB)
-        last = index == len(frames) - 1
-        if left < free_from or (not last and left + _THUMB > _WIDTH - _RIGHT - _THUMB):
-            if not last:
-                continue
-            if left < free_from:
-                continue
+        left = round(min(max(_LEFT, x - _THUMB / 2), end - _THUMB))
+        until = end if frame is frames[-1] else end - _THUMB - 4  # the newest has its place
+        if left < free_from or left + _THUMB > until:
+            continue
         with Images.open(io.BytesIO(frame.jpeg)) as picture:
-            image.paste(picture.convert("RGB").resize((_THUMB, _THUMB)), (int(left), _TOP))
+            image.paste(picture.convert("RGB").resize((_THUMB, _THUMB)), (left, _TOP))
+        draw.rectangle([left, _TOP, left + _THUMB - 1, _TOP + _THUMB - 1], outline=_FRAME)
         draw.line([(left + _THUMB / 2, _TOP + _THUMB), (x, top - 1)], fill=_INK)
         free_from = left + _THUMB + 4
 

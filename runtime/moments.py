@@ -48,10 +48,10 @@ def typed_interval(since: str | None, at: str | None, between: tuple[str, str] |
     Raises:
         UsageError: more than one of them.
     """
-    given = [value for value in (since, at, between) if value]
+    given = [value for value in (since, at, between) if value is not None]
     if len(given) > 1:
         raise UsageError("--since, --at and --between exclude each other.", fix="Give one of them.")
-    return TypedInterval(since or None, at or None, between or None) if given else None
+    return TypedInterval(since, at, between) if given else None
 
 
 def read_line(line: str) -> tuple[TypedInterval | None, str]:

@@ -128,7 +128,7 @@ class Session:
 
         Args:
             frame: later than all before.
-            wall_s: what the wall clock said when it was captured, seconds since 1970 (`wall_time_of`); None = it has no such time.
+            wall_s: what the wall clock said when it was captured, seconds since 1970 (`wall_time_of`); None = no such time.
 
         Raises:
             EngineError: the frame does not fit the vision graph, or a graph gave something that is not finite.

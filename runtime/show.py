@@ -116,11 +116,11 @@ def _print_timeline(session: Session, report: dict[str, Any]) -> None:
     table = Table("slot", "from", "to", title=f"{report['frames_seen']} frames in {len(report['slots'])} slots")
     for name in ("frames", "tokens that agree"):
         table.add_column(name, justify="right")
-    table.add_column("", min_width=20)
+    table.add_column("", min_width=16)
     longest = max(row["frames"] for row in report["slots"])
     for place, row in enumerate(report["slots"], start=1):
         spread = f"{row['frames']:g}" + (f" ({row['least']}-{row['most']})" if row["least"] != row["most"] else "")
-        bar = "█" * max(1, round(20 * row["frames"] / longest))
+        bar = "█" * max(1, round(16 * row["frames"] / longest))
         times = (calendar.written(row[name]) for name in ("start_s", "end_s"))
         table.add_row(str(place), *times, spread, f"{row['agreement']:.0%}", bar)
     console = Console()

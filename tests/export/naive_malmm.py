@@ -71,8 +71,8 @@ class Bank:
 
 @dataclass(frozen=True)
 class Said:
-    """What one frame gave: `[Q, H]`, `[Q, n_embd]`, the pairs that banks chose to merge after it (None = none), and where its query
-    rows looked: of each cross-attention the mean over heads and rows, `[X, used, N]`, slots oldest first (None = not known).
+    """What one frame gave: `[Q, H]`, `[Q, n_embd]`, the pairs that banks chose to merge after it (None = none), and where its
+    query rows looked: of each cross-attention the mean over heads and rows, `[X, used, N]`, oldest slot first (None = unknown).
     """
 
     query_output: Tensor

@@ -14,9 +14,9 @@ from onnx import TensorProto, numpy_helper
 from keepsight.export import dense
 from keepsight.export.bundlewriter import unfold_basis
 from keepsight.export.efficientnet import CHANNELS as FULL_WIDTH
-from keepsight.export.graphs import GRAPHS, Answer, Step, example_inputs, export_qformer
+from keepsight.export.graphs import GRAPHS, Answer, Replay, Step, example_inputs, export_qformer
 from keepsight.export.onnxfile import HALF_MIN_ELEMENTS, round_to_half
-from keepsight.export.qformer import QFormer
+from keepsight.export.qformer import QFormer, QFormerConfig
 from keepsight.export.streamset import Basis
 from keepsight.export.weights import WEIGHTS, load_qformer, store_weights
 from keepsight.runtime.bundle import Bundle
@@ -26,6 +26,7 @@ from keepsight.runtime.positions import OrderPositions, ranks, step_mask
 from keepsight.streams.errors import BundleError
 
 from ..random_bundle import CHANNELS, TOKENS, PatchVision, make_bundle, random_frames, random_qformer
+from .naive_malmm import replay as naive_replay
 
 LENGTH = 4
 SLOTS = LENGTH + 1
@@ -125,6 +126,44 @@ def test_every_graph_has_the_inputs_of_the_contract_and_opset_17(bundle, qformer
             assert engine.inputs[name].fits(example.numpy())
     last_reads = bundle.manifest.dims.layers - 1 in bundle.manifest.dims.cross_layers
     assert ("cross_k" in examples["answer"]) == last_reads
+
+
+def test_the_attention_of_a_replay_equals_the_plain_loop_at_real_widths():
+    """InstructBLIP's: 257 tokens of 1408, rows of 768 in 12 heads, 32 queries; three layers; one slot of each token hidden."""
+    torch.manual_seed(2)
+    slots, tokens, rng = 3, 257, np.random.default_rng(2)
+    config = QFormerConfig(
+        hidden=768, layers=3, heads=12, ffn=3072, channels=1408, queries=32, vocab=40, max_text=16, n_embd=64, slots=slots,
+        time_buckets=4,
+    )  # fmt: skip
+    qformer = QFormer(config).eval()
+    bank = MemoryBank(length=slots - 1, tokens=tokens, channels=1408)
+    for time_s in (0.5, 1.0, 2.5, 3.0, 4.5):
+        bank.append(rng.standard_normal((tokens, 1408)), time_s=time_s)
+    oldest = bank.order[0][:1]
+    visible = bank.visible[0].copy()
+    np.put_along_axis(visible, oldest, False, axis=0)
+    rank, ids = ranks(bank, visible), np.array([1, 7, 9, 2])
+    with torch.no_grad():
+        cross_k, cross_v = qformer.cross_kv(torch.from_numpy(bank.features[0]))
+        mask = torch.ones(len(ids))
+        state = qformer.prompt_state(torch.from_numpy(ids), mask)
+        bucket = OrderPositions(slots, 4).replay(bank, visible)
+        feeds = (torch.from_numpy(value) for value in (rank, bucket, step_mask(rank)))
+        output, _, attention = Replay(qformer)(state, cross_k, cross_v, *feeds, mask)
+    order = bank.order[0][1:]
+    shown, first_s, last_s = (
+        np.take_along_axis(values[0], order[..., None] if values.ndim == 4 else order, axis=0)
+        for values in (bank.features, bank.first_s, bank.last_s)
+    )
+    plain = naive_replay(qformer, ids, shown, first_s, last_s)
+    assert (output - plain.query_output).abs().max() < CLOSE
+    by_slot = np.zeros(attention.shape)
+    np.put_along_axis(by_slot, np.broadcast_to(order, plain.attention.shape), plain.attention.numpy(), axis=1)
+    assert np.abs(attention.numpy() - by_slot).max() < 1e-6
+    assert by_slot.max() > 3 / (2 * tokens)  # it is not flat
+    assert attention.sum((1, 2)).numpy() == pytest.approx(1, abs=1e-5)
+    assert (attention.numpy()[:, rank < 0] == 0).all()
 
 
 # -- the form that trains ------------------------------------------------------------------------------------------
