@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-environment lint test results full-size clean
+.PHONY: help setup demo test-environment lint test results memory-study full-size clean
 
 # Settings of this machine that should outlast one command, as `export NAME := value`; not under version control.
 -include local.mk
@@ -20,6 +20,7 @@ help:
 	@echo "make setup   only the set-up of make demo: system packages, .venv, llama.cpp, keepsight[tiny]"
 	@echo "make lint    only ruff and mypy"
 	@echo "make results measure the README's accuracy table again (about 20 minutes)"
+	@echo "make memory-study measure how long memories hold, and what glitch frames do to them (about 15 minutes)"
 	@echo "make full-size export models of full size with random weights (30 GB of disk, 16 GB of memory, about 45 minutes)"
 	@echo "make clean   remove .venv and everything built (not the cache of llama.cpp wheels)"
 	@echo
@@ -43,6 +44,9 @@ test: lint
 results: test-environment
 	@.venv/bin/python scripts/results-table
 	@.venv/bin/python scripts/contact-sheet
+
+memory-study: test-environment
+	@.venv/bin/python scripts/memory-study
 
 full-size: test-environment
 	@.venv/bin/python scripts/full-size
