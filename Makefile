@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-environment lint test results restart-test flatness full-size clean
+.PHONY: help setup demo test-environment lint test results restart-test flatness memory-study full-size clean
 
 # Settings of this machine that should outlast one command, as `export NAME := value`; not under version control.
 -include local.mk
@@ -22,6 +22,7 @@ help:
 	@echo "make results measure the README's accuracy table again (about 20 minutes)"
 	@echo "make restart-test  kill a watching process 50 times, restore it, compare its answers with an unbroken run's (about 4 minutes)"
 	@echo "make flatness time and memory over 100,000 frames again (about 30 minutes)"
+	@echo "make memory-study measure how long memories hold, and what glitch frames do to them (about 15 minutes)"
 	@echo "make full-size export models of full size with random weights (30 GB of disk, 16 GB of memory, about 45 minutes)"
 	@echo "make clean   remove .venv and everything built (not the cache of llama.cpp wheels)"
 	@echo
@@ -51,6 +52,9 @@ restart-test: test-environment
 
 flatness: test-environment
 	@.venv/bin/python scripts/flatness
+
+memory-study: test-environment
+	@.venv/bin/python scripts/memory-study
 
 full-size: test-environment
 	@.venv/bin/python scripts/full-size

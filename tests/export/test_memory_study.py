@@ -19,16 +19,15 @@ def lab():
     return Laboratory(seed=3)
 
 
-@pytest.mark.parametrize("policy", ["mbc", "fifo"])
-def test_the_study_answers_as_eval_does(lab, policy):
+def test_the_study_answers_as_eval_does(lab):
     def clips():
-        return open_dataset("easy-vqa-stream", limit=16, seed=5, scenes=4, fps=4.0, size=224)
+        return open_dataset("easy-vqa-stream", limit=8, seed=5, scenes=4, fps=4.0, size=224)
 
-    with Session(lab.bundle, memory=policy, threads=1, llm=lab.llm) as session:
+    with Session(lab.bundle, memory="fifo", threads=1, llm=lab.llm) as session:
         official = {mode: [result.right for result in evaluate(session, clips(), mode)] for mode in ("replay", "standing")}
         ours = {"replay": [], "standing": []}
         for clip in clips():
-            memory = lab.memory(policy)
+            memory = lab.memory("fifo")
             standing = [memory.stand(question) for question in clip.questions]
             with session.source(str(clip.path)) as source:
                 for frame in source:
@@ -37,7 +36,7 @@ def test_the_study_answers_as_eval_does(lab, policy):
                 ours["replay"].append(lab.right(memory.qformer.replay(lab.prompt_of(question.text)), question))
                 ours["standing"].append(lab.right(carried.answer(), question))
     assert ours == official
-    assert 4 <= sum(official["replay"]) <= 16
+    assert 2 <= sum(official["replay"]) <= 8
 
 
 def test_what_glitches_hold_is_what_they_were_merged_into(lab):
