@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-environment lint test results full-size clean
+.PHONY: help setup demo test-environment lint test results restart-test full-size clean
 
 # Settings of this machine that should outlast one command, as `export NAME := value`; not under version control.
 -include local.mk
@@ -20,6 +20,7 @@ help:
 	@echo "make setup   only the set-up of make demo: system packages, .venv, llama.cpp, keepsight[tiny]"
 	@echo "make lint    only ruff and mypy"
 	@echo "make results measure the README's accuracy table again (about 20 minutes)"
+	@echo "make restart-test  kill a watching process 50 times, restore it, compare its answers with an unbroken run's (about 4 minutes)"
 	@echo "make full-size export models of full size with random weights (30 GB of disk, 16 GB of memory, about 45 minutes)"
 	@echo "make clean   remove .venv and everything built (not the cache of llama.cpp wheels)"
 	@echo
@@ -43,6 +44,9 @@ test: lint
 results: test-environment
 	@.venv/bin/python scripts/results-table
 	@.venv/bin/python scripts/contact-sheet
+
+restart-test: test-environment
+	@.venv/bin/python scripts/restart-test $(ARGS)
 
 full-size: test-environment
 	@.venv/bin/python scripts/full-size

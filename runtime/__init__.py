@@ -16,14 +16,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from keepsight.runtime.answer import Answer
     from keepsight.runtime.bundle import Bundle
+    from keepsight.runtime.feature_log import FeatureLog
     from keepsight.runtime.llm import LLM
     from keepsight.runtime.memory import MemoryBank
+    from keepsight.runtime.saver import Saver
     from keepsight.runtime.session import Session
+    from keepsight.runtime.snapshot import Snapshot
 
-__all__ = ["LLM", "Answer", "Bundle", "MemoryBank", "Session"]
+__all__ = ["LLM", "Answer", "Bundle", "FeatureLog", "MemoryBank", "Saver", "Session", "Snapshot"]
 
 # Loaded when first named, so that `keepsight --help` does not wait for onnxruntime and llama.cpp.
-_HOMES = {"Answer": "answer", "Bundle": "bundle", "LLM": "llm", "MemoryBank": "memory", "Session": "session"}
+_HOMES = {
+    "Answer": "answer", "Bundle": "bundle", "FeatureLog": "feature_log", "LLM": "llm", "MemoryBank": "memory", "Saver": "saver",
+    "Session": "session", "Snapshot": "snapshot",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

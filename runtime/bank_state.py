@@ -17,8 +17,6 @@ Array = npt.NDArray[Any]
 RIDER = "rider."
 """A rider's name in a state has this in front."""
 
-_MERGING = ("mbc", "average")  # policies that lose no frame, so that sizes add up to the frames seen
-
 
 class BankShape:
     """The sizes that a state must have.
@@ -27,7 +25,7 @@ class BankShape:
         groups, slots, tokens, channels: G, S, n, C of the bank.
         dtype: of features and riders.
         riders: name -> (G', H).
-        policy: how the bank makes room.
+        merges: whether the bank makes room by merging: it then loses no frame, and sizes add up to the frames seen.
     """
 
     def __init__(
@@ -39,10 +37,10 @@ class BankShape:
         channels: int,
         dtype: np.dtype[Any],
         riders: Mapping[str, tuple[int, int]],
-        policy: str,
+        merges: bool,
     ) -> None:
         self.groups, self.slots, self.tokens, self.channels = groups, slots, tokens, channels
-        self.dtype, self.riders, self.policy = dtype, dict(riders), policy
+        self.dtype, self.riders, self.merges = dtype, dict(riders), merges
 
     def expected(self, used: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Name -> shape and dtype of every array of a state with so many slots in use."""
@@ -115,7 +113,7 @@ def _check_counts(shape: BankShape, state: Mapping[str, Array]) -> None:
         raise _wrong(f"{used} slots are in use after {seen} frames, of {shape.slots}")
     if not ((sizes >= 1) & (sizes == np.floor(sizes))).all():
         raise _wrong("sizes are not whole numbers from 1")
-    if shape.policy in _MERGING and used and not (sizes.sum(axis=1) == seen).all():
+    if shape.merges and used and not (sizes.sum(axis=1) == seen).all():
         raise _wrong(f"sizes do not add up to the {seen} frames seen")
 
 

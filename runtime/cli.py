@@ -85,18 +85,18 @@ def ask(
     A snapshot that `run --snapshot` saved is not watched but restored, and answers at once.
     """
     from keepsight.runtime.keep import ask_saved
-    from keepsight.runtime.snapshot import is_snapshot
+    from keepsight.runtime.snapshot import Snapshot, is_snapshot
     from keepsight.runtime.watch import watch_until
 
     question = _one_of(question, prompt)
-    saved = is_snapshot(source)
-    if saved and when is not None:
-        raise UsageError("A snapshot has its own moment: --when can't be used with it.", fix="Leave it out.")
-    if not saved:
+    saved = Snapshot.read(source) if is_snapshot(source) else None
+    if saved is None:
         _refuse_missing(source)
+    elif when is not None:
+        raise UsageError("A snapshot has its own moment: --when can't be used with it.", fix="Leave it out.")
     with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
-        if saved:
-            put = ask_saved(session, source, question, prompt=prompt, mode=mode)
+        if saved is not None:
+            put = ask_saved(session, saved, question, prompt=prompt, mode=mode)
         else:
             put = session.stand(question, prompt=prompt) if mode == "standing" else question
             with session.source(source) as frames:

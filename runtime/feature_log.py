@@ -5,14 +5,7 @@ that an exact bank of any interval in it can be built again. At full size (N=257
 (10^9 bytes) holds 1,381 records, which are 3.8 hours at one every 10 seconds; 24 hours take 6.3 GB.
 
 The folder holds segments, `000000000000.features` and so on, which are only appended to; the oldest is deleted to make room.
-
-```
-segment:  16 magic | 4 version | 4 bytes of header | header: JSON | 16 checksum of all before
-          then records, all of one size
-record:    8 time_s float64 | 8 wall time float64 | 8 index int64 | N*C float16 | 16 checksum of all before
-```
-
-Numbers are little-endian; checksums are BLAKE2b of 16 bytes; a segment's header keeps its form in every version.
+`feature_segment` says what is in one.
 
 What a crash costs. A record is handed to the operating system with one write, so a killed process (kill -9) loses at most the
 record that it was writing. A power cut also loses what the system had not yet written: the log is synced when a segment is full
@@ -24,13 +17,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import math
 import os
-import struct
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
@@ -40,49 +30,20 @@ import numpy as np
 import numpy.typing as npt
 
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.sections import checksum, sync_folder
-from keepsight.runtime.snapshot import fingerprint
+from keepsight.runtime.feature_segment import Layout, Logged, Segment
+from keepsight.runtime.sections import sync_folder
 from keepsight.streams.errors import SnapshotError, UsageError
 
 __all__ = ["FeatureLog", "Logged"]
 
 Float16 = npt.NDArray[np.float16]
 
-MAGIC = b"\x89keepsight-flog\n"
-VERSION = 1
 SEGMENTS = 16
 """How many segments the budget is split into: a sixteenth of the past goes at a time."""
 
-_START = struct.Struct("<16sII")
-_HEAD = struct.Struct("<ddq")
-_CHECKSUM_BYTES = 16
-_MOST_RECORDS = 64  # of a segment: what must be read to find a torn tail stays small
+_MOST_RECORDS = 64  # of a segment: what is deleted at a time stays small
 _SUFFIX = ".features"
 _ROUNDING_S = 0.001  # as streams.sampling: containers round times
-
-
-@dataclass(frozen=True, eq=False)
-class Logged:
-    """One record.
-
-    Attributes:
-        features: float16 [N, C].
-        time_s: stream time.
-        wall_s: when it was captured, seconds since 1970.
-        index: of the frame in its source.
-    """
-
-    features: Float16
-    time_s: float
-    wall_s: float
-    index: int
-
-
-@dataclass(frozen=True)
-class _Segment:
-    path: Path
-    start: int  # bytes before the first record
-    records: int
 
 
 class FeatureLog:
@@ -114,11 +75,9 @@ class FeatureLog:
     ) -> None:
         if not (math.isfinite(every_s) and every_s > 0):
             raise UsageError(f"a record every {every_s:g} s makes no sense.", fix="Give seconds above 0.")
-        dims = bundle.manifest.dims
         self.folder, self.every_s, self.budget_bytes = Path(folder), float(every_s), int(budget_bytes)
-        self._shape = (dims.tokens, dims.channels)
+        self._layout = Layout(bundle, self.every_s)
         self._sync_s = sync_s
-        self._header = self._make_header(bundle)
         self._per_segment = self._records_per_segment()
         self._file: BinaryIO | None = None
         self._lock: BinaryIO | None = None
@@ -141,7 +100,7 @@ class FeatureLog:
     @property
     def record_bytes(self) -> int:
         """Of one record."""
-        return _HEAD.size + 2 * math.prod(self._shape) + _CHECKSUM_BYTES
+        return self._layout.record_bytes
 
     @property
     def records(self) -> int:
@@ -150,7 +109,7 @@ class FeatureLog:
     @property
     def nbytes(self) -> int:
         """Of all files; never more than the budget."""
-        return sum(self._size(segment) for segment in self._segments)
+        return sum(self._layout.nbytes(segment) for segment in self._segments)
 
     @property
     def newest(self) -> Logged | None:
@@ -234,8 +193,8 @@ class FeatureLog:
 
     def _as_half(self, features: Any) -> Float16:
         rows = np.asarray(features)
-        if rows.shape != self._shape:
-            raise UsageError(f"features must be {list(self._shape)}, got {list(rows.shape)}.")
+        if rows.shape != self._layout.shape:
+            raise UsageError(f"features must be {list(self._layout.shape)}, got {list(rows.shape)}.")
         with np.errstate(over="ignore"):
             half = rows.astype("<f2")
         if not np.isfinite(half).all():
@@ -248,10 +207,9 @@ class FeatureLog:
         if self._file is None or self._segments[-1].records >= self._per_segment:
             self._begin_segment()
         assert self._file is not None
-        content = _HEAD.pack(record.time_s, record.wall_s, record.index) + record.features.tobytes()
-        _write_all(self._file, content + checksum(content))
+        _write_all(self._file, self._layout.packed(record))
         last = self._segments[-1]
-        self._segments[-1] = _Segment(last.path, last.start, last.records + 1)
+        self._segments[-1] = Segment(last.path, last.start, last.records + 1)
         if time.monotonic() - self._synced >= self._sync_s:
             os.fdatasync(self._file.fileno())
             self._synced = time.monotonic()
@@ -262,15 +220,16 @@ class FeatureLog:
         if self._segments and self._segments[-1].records < self._per_segment:
             self._file = _opened(self._segments[-1].path, "ab")
             return
-        full = len(self._header) + self._per_segment * self.record_bytes
+        full = len(self._layout.header) + self._per_segment * self.record_bytes
         while self._segments and self.nbytes + full > self.budget_bytes:
             self._segments[0].path.unlink()
             del self._segments[0]
         number = 1 + int(self._segments[-1].path.stem) if self._segments else 0
         path = self.folder / f"{number:012d}{_SUFFIX}"
         self._file = _opened(path, "xb")
-        _write_all(self._file, self._header)
-        self._segments.append(_Segment(path, len(self._header), 0))
+        _write_all(self._file, self._layout.header)
+        os.fdatasync(self._file.fileno())
+        self._segments.append(Segment(path, len(self._layout.header), 0))
         sync_folder(self.folder)
 
     def _close_segment(self) -> None:
@@ -288,9 +247,9 @@ class FeatureLog:
             self._segments = self._open_segments(writable=True)
 
     def _records_per_segment(self) -> int:
-        room = self.budget_bytes // 2 - len(self._header)
+        room = self.budget_bytes // 2 - len(self._layout.header)
         if room < self.record_bytes:
-            needs = 2 * (self.record_bytes + len(self._header))
+            needs = 2 * (self.record_bytes + len(self._layout.header))
             raise UsageError(f"a feature log of {self.budget_bytes} bytes is too small.", fix=f"It needs {needs} bytes at least.")
         wanted = min(_MOST_RECORDS, self.budget_bytes // SEGMENTS // self.record_bytes)
         return max(1, wanted)
@@ -306,124 +265,43 @@ class FeatureLog:
             ) from None
         return file
 
-    # -- opening ---------------------------------------------------------------------------------------------------
+    # -- the folder ------------------------------------------------------------------------------------------------
 
-    def _make_header(self, bundle: Bundle) -> bytes:
-        own = {
-            "bundle": bundle.manifest.name, "fingerprint": fingerprint(bundle), "variant": bundle.variant,
-            "shape": list(self._shape), "every_s": self.every_s,
-        }  # fmt: skip
-        text = json.dumps(own).encode()
-        start = _START.pack(MAGIC, VERSION, len(text)) + text
-        return start + checksum(start)
-
-    def _open_segments(self, writable: bool) -> list[_Segment]:
+    def _open_segments(self, writable: bool) -> list[Segment]:
         paths = sorted(path for path in self.folder.glob(f"*{_SUFFIX}") if path.stem.isdigit())
         segments = []
         for path in paths:
-            last = path == paths[-1]
-            start = self._check_header(path, may_be_torn=last)
-            if start is None:
-                if writable:
-                    path.unlink()  # killed before its header was whole: it holds nothing
-                continue
-            records = (path.stat().st_size - start) // self.record_bytes
-            if last:
-                records = self._whole_records(path, start, records)
-                if writable:
-                    os.truncate(path, start + records * self.record_bytes)
-            segments.append(_Segment(path, start, records))
+            segment = self._layout.opened(path, newest=path == paths[-1])
+            if segment is not None:
+                segments.append(segment)
+            if writable and path == paths[-1]:
+                if segment is None:
+                    path.unlink()
+                else:
+                    os.truncate(path, self._layout.nbytes(segment))
         return segments
 
-    def _check_header(self, path: Path, *, may_be_torn: bool) -> int | None:
-        """Bytes before the first record; None where a crash left less than a header."""
-        with open(path, "rb") as file:
-            start = file.read(_START.size)
-            if len(start) == _START.size:
-                magic, version, length = _START.unpack(start)
-                # Read before it is checked: a damaged length must not ask for gigabytes.
-                text = file.read(min(length, 1 << 16))
-                if magic == MAGIC and file.read(_CHECKSUM_BYTES) == checksum(start + text):
-                    self._check_belongs_here(path, version, text)
-                    return len(start) + len(text) + _CHECKSUM_BYTES
-        if may_be_torn and path.stat().st_size < len(self._header) + self.record_bytes:
-            return None
-        raise SnapshotError(
-            f"{path} is damaged: the checksum of its header is wrong.", fix="Delete this one file; the others stay."
-        )
-
-    def _check_belongs_here(self, path: Path, version: int, text: bytes) -> None:
-        if version > VERSION:
-            raise SnapshotError(
-                f"{path} is of version {version}, this Keepsight reads up to {VERSION}.", fix="Use the Keepsight that wrote it."
-            )
-        theirs = json.loads(text)
-        mine = json.loads(self._header[_START.size : -_CHECKSUM_BYTES])
-        if theirs["fingerprint"] != mine["fingerprint"]:
-            raise SnapshotError(
-                f"{self.folder} has features of bundle {theirs['bundle']} ({theirs['fingerprint'][:12]}), this is "
-                f"{mine['bundle']} ({mine['fingerprint'][:12]}).",
-                fix="Use another folder, or that bundle.",
-            )
-        if theirs["every_s"] != self.every_s:
-            raise SnapshotError(
-                f"{path} has a record every {theirs['every_s']:g} s, not every {self.every_s:g} s.",
-                fix="Use the same interval, or another folder.",
-            )
-
-    def _whole_records(self, path: Path, start: int, records: int) -> int:
-        """Records of the newest segment up to the last whole one: what is torn is at the end."""
-        with open(path, "rb") as file:
-            while records:
-                file.seek(start + (records - 1) * self.record_bytes)
-                if _is_whole(file.read(self.record_bytes)):
-                    break
-                records -= 1
-        return records
-
     def _records_from(self, since_s: float) -> Iterator[Logged | SnapshotError]:
-        """Every record of the segments that may hold something from this time on; an error where one is damaged."""
+        """Every record of the segments that may hold something from this time on."""
         segments = list(self._segments)
-        for segment, following in zip_longest(segments, segments[1:]):
-            if following is not None and self._begins_before(following, since_s):
-                continue
-            try:
-                with open(segment.path, "rb") as file:
-                    file.seek(segment.start)
-                    for number in range(segment.records):
-                        yield self._parsed(file.read(self.record_bytes), segment, number)
-            except FileNotFoundError as error:
-                raise SnapshotError(f"{segment.path} made room while the log was read.", fix="Ask again.") from error
+        try:
+            for segment, following in zip_longest(segments, segments[1:]):
+                if following is None or not self._begins_before(following, since_s):
+                    yield from self._layout.read(segment)
+        except FileNotFoundError as error:
+            raise SnapshotError(f"{error.filename} made room while the log was read.", fix="Ask again.") from error
 
-    def _begins_before(self, segment: _Segment, time_s: float) -> bool:
-        first = self._record(segment, 0) if segment.records else None
+    def _begins_before(self, segment: Segment, time_s: float) -> bool:
+        first = self._layout.record(segment, 0) if segment.records else None
         return isinstance(first, Logged) and first.time_s < time_s
-
-    def _record(self, segment: _Segment, number: int) -> Logged | SnapshotError:
-        with open(segment.path, "rb") as file:
-            file.seek(segment.start + number * self.record_bytes)
-            return self._parsed(file.read(self.record_bytes), segment, number)
-
-    def _parsed(self, content: bytes, segment: _Segment, number: int) -> Logged | SnapshotError:
-        if not _is_whole(content):
-            return SnapshotError(
-                f"{segment.path} is damaged: the checksum of record {number} is wrong.",
-                fix="Ask about a time before or after it.",
-            )
-        features = np.frombuffer(content, "<f2", math.prod(self._shape), _HEAD.size).reshape(self._shape)
-        time_s, wall_s, index = _HEAD.unpack_from(content)
-        return Logged(features, time_s, wall_s, index)
 
     def _last_record(self) -> Logged | None:
         """The newest whole record."""
         for segment in reversed(self._segments):
             for number in reversed(range(segment.records)):
-                if isinstance(record := self._record(segment, number), Logged):
+                if isinstance(record := self._layout.record(segment, number), Logged):
                     return record
         return None
-
-    def _size(self, segment: _Segment) -> int:
-        return segment.start + segment.records * self.record_bytes
 
     def _failed(self, what: str, error: OSError) -> SnapshotError:
         return SnapshotError(
@@ -440,7 +318,3 @@ def _write_all(file: BinaryIO, content: bytes) -> None:
     """One write; a disk that takes only a part of it is full."""
     if file.write(content) != len(content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _is_whole(content: bytes) -> bool:
-    return len(content) > _CHECKSUM_BYTES and checksum(content[:-_CHECKSUM_BYTES]) == content[-_CHECKSUM_BYTES:]

@@ -13,11 +13,12 @@ import typer
 
 from keepsight.runtime.answer import Mode
 from keepsight.runtime.feature_log import FeatureLog
+from keepsight.runtime.resume import source_name
 from keepsight.runtime.saver import Saver
 from keepsight.runtime.session import Session, Standing
 from keepsight.runtime.snapshot import Snapshot, bytes_per_day, is_snapshot, snapshot_bytes
-from keepsight.streams import Source
 from keepsight.streams.errors import KeepsightError, SnapshotError, UsageError
+from keepsight.streams.uri import SourceURI
 
 __all__ = ["ask_saved", "kept", "parse_bytes"]
 
@@ -48,7 +49,7 @@ def kept(
         if snapshot is not None or log is not None:
             stack.enter_context(_sigterm_as_interrupt())
         if snapshot is not None:
-            _restore_if_there(session, snapshot)
+            _restore_if_there(session, snapshot, uri)
         if log is not None:
             stack.enter_context(_logging(session, uri, log, log_every_s, log_bytes))
         if snapshot is not None:
@@ -56,13 +57,13 @@ def kept(
         yield
 
 
-def ask_saved(session: Session, path: str, question: str, *, prompt: str | None, mode: Mode) -> str | Standing:
+def ask_saved(session: Session, saved: Snapshot, question: str, *, prompt: str | None, mode: Mode) -> str | Standing:
     """Restore a snapshot, say from when it is, and return what to ask `session`.
 
     In the mode `standing` that is the standing question of these words, if the snapshot carries one; else the words.
     """
-    saved = session.restore(path)
-    typer.echo(f"{path}: {_described(saved)}", err=True)
+    session.restore(saved)
+    typer.echo(_described(saved), err=True)
     carried = [one for one in session.standing if (one.prompt if prompt is not None else one.question) == question]
     return carried[0] if carried and mode == "standing" else question
 
@@ -88,7 +89,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _restore_if_there(session: Session, path: Path) -> None:
+def _restore_if_there(session: Session, path: Path, uri: str) -> None:
     if not path.exists():
         if not path.parent.is_dir():
             raise SnapshotError(f"there is no folder {path.parent} to save {path.name} in.", fix="Make it first.")
@@ -96,7 +97,10 @@ def _restore_if_there(session: Session, path: Path) -> None:
     if not is_snapshot(path):
         raise SnapshotError(f"{path} is no snapshot, and would be overwritten.", fix="Name another file.")
     saved = session.restore(path)
-    typer.echo(f"{path}: {_described(saved)} {_gap(saved)}", err=True)
+    address = SourceURI.parse(uri)
+    same_file = not address.is_camera and saved.source == source_name(address)
+    then = "It goes on there." if same_file else _gap(saved)
+    typer.echo(f"{path}: {_described(saved)} {then}", err=True)
 
 
 @contextmanager
@@ -119,9 +123,7 @@ def _saving(session: Session, path: Path, every_s: float, kv: bool) -> Iterator[
 @contextmanager
 def _logging(session: Session, uri: str, folder: Path, every_s: float, budget: int) -> Iterator[None]:
     with FeatureLog(folder, session.bundle, every_s=every_s, budget_bytes=budget) as log:
-        with Source(uri) as source:
-            is_file = not source.uri.is_camera
-        if is_file and log.newest is not None and not session.frames_seen:
+        if not SourceURI.parse(uri).is_camera and log.newest is not None and not session.frames_seen:
             raise UsageError(
                 f"{folder} has a stream up to {log.newest.time_s:.1f} s, and {uri} begins at 0.",
                 fix="Use another folder, or --snapshot to go on.",

@@ -468,7 +468,7 @@ class MemoryBank:
         carried = {name: (len(values), values.shape[-1]) for name, values in self.riders.items() if riders}
         shape = BankShape(
             groups=self.groups, slots=self.slots, tokens=self.tokens, channels=self.channels, dtype=self.dtype,
-            riders=carried, policy=self.policy,
+            riders=carried, merges=self._pair_to_merge is not None,
         )  # fmt: skip
         check_state(shape, state)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from keepsight.streams import Frame
+from keepsight.streams.uri import SourceURI
 
-__all__ = ["after", "beyond"]
+__all__ = ["after", "beyond", "source_name"]
 
 
 def after(newest: Frame, frames: Iterable[Frame]) -> Iterator[Frame]:
@@ -34,3 +36,8 @@ def after(newest: Frame, frames: Iterable[Frame]) -> Iterator[Frame]:
 def beyond(time_s: float, frames: Iterable[Frame]) -> Iterator[Frame]:
     """Frames of a file that was seen up to `time_s`: those after it, on the file's own time."""
     return (frame for frame in frames if frame.time_s > time_s)
+
+
+def source_name(uri: SourceURI) -> str:
+    """What a source is called in a snapshot: its address without passwords, a file by its full path."""
+    return uri.redacted if uri.is_camera else str(Path(uri.location).resolve())

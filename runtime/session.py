@@ -356,7 +356,7 @@ class Session:
         snapshot was taken in goes on from there, its earlier frames skipped; another file after a restore is dated as a camera.
         Without a restore, a file keeps its own time.
         """
-        name = _name_of(source)
+        name = resume.source_name(source.uri)
         restored_s, self._position_s = self._position_s, None
         elsewhere = source.uri.is_camera or name != self._source
         self._source = name
@@ -519,11 +519,6 @@ class Watcher:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
-
-
-def _name_of(source: Source) -> str:
-    uri = source.uri
-    return uri.redacted if uri.is_camera else str(Path(uri.location).resolve())
 
 
 def load_llm(bundle: Bundle, threads: int | None = None) -> LLM:

@@ -260,6 +260,6 @@ def bytes_per_day(nbytes: int, every_s: float) -> int:
 def _full_bank(dims: Dims, *, groups: int, tokens: int, channels: int, riders: Mapping[str, tuple[int, int]]) -> int:
     shape = BankShape(
         groups=groups, slots=dims.slots, tokens=tokens, channels=channels, dtype=np.dtype(np.float32), riders=riders,
-        policy="mbc",
+        merges=True,
     )  # fmt: skip
     return sum(int(np.prod(size)) * dtype.itemsize for size, dtype in shape.expected(dims.slots).values())

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from keepsight.runtime import feature_log
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.feature_log import FeatureLog
+from keepsight.runtime.feature_segment import Layout
 from keepsight.runtime.memory import Policy
 from keepsight.runtime.session import Session
 from keepsight.streams import Frame
@@ -116,7 +117,8 @@ def test_the_budget_is_never_exceeded_and_the_oldest_goes(bundle: Bundle, tmp_pa
 def test_hours_follow_from_the_sizes() -> None:
     """The figures in the module's docstring."""
     log = FeatureLog.__new__(FeatureLog)
-    log._shape, log.every_s = (257, 1408), 10.0
+    log._layout = Layout.__new__(Layout)
+    log._layout.shape, log.every_s = (257, 1408), 10.0
     assert log.record_bytes == 723_752 and 10**9 // log.record_bytes == 1381
     assert log.hours(10**9) == pytest.approx(3.84, abs=0.01)
     assert 24 / log.hours(1) / 1e9 == pytest.approx(6.25, abs=0.05)
@@ -189,7 +191,8 @@ def test_every_flipped_bit_is_noticed(bundle: Bundle, tmp_path: Path) -> None:
         damaged = bytearray(content)
         damaged[place] ^= 16
         path.write_bytes(damaged)
-        with pytest.raises(SnapshotError, match=r"damaged: the checksum of (its header|record \d)"), opened(tmp_path, bundle) as log:
+        says = r"damaged: the checksum of (its header|record \d)"
+        with pytest.raises(SnapshotError, match=says), opened(tmp_path, bundle) as log:
             list(log.read())
 
 
@@ -197,6 +200,7 @@ WRITER = """
 import sys, numpy as np
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.feature_log import FeatureLog
+from keepsight.runtime.feature_segment import Layout
 bundle = Bundle.open(sys.argv[1])
 dims = bundle.manifest.dims
 with FeatureLog(sys.argv[2], bundle, every_s=1.0, budget_bytes=int(sys.argv[3])) as log:
@@ -357,7 +361,9 @@ def test_a_time_that_is_not_in_the_log_is_told(bundle: Bundle, tmp_path: Path) -
             session.recall(log, 5.0, 9.0)
 
 
-def test_a_log_that_fails_is_reported_and_the_stream_goes_on(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_fails_is_reported_and_the_stream_goes_on(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
