@@ -241,7 +241,7 @@ class DeviceMemoryBank:
         carried = {name: (part.groups, part.channels) for name, part in self._riders.items() if riders and name != "features"}
         shape = BankShape(
             groups=self.groups, slots=self.slots, tokens=self.tokens, channels=self.channels, dtype=np.dtype(np.float32),
-            riders=carried, policy=self.policy,
+            riders=carried, merges=self.policy in _MERGES,
         )  # fmt: skip
         check_state(shape, state)
 
