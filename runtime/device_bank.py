@@ -11,7 +11,7 @@ import numpy.typing as npt
 from keepsight.runtime.bank_state import RIDER, BankShape, check_state, rows_in_order, write_rows
 from keepsight.runtime.engine import Array, Engine, Tensor
 from keepsight.runtime.manifest import Dims
-from keepsight.runtime.memory import FloatArray, MemoryBank, Policy, Rider
+from keepsight.runtime.memory import COSINE_EPS, FloatArray, MemoryBank, Policy, Rider
 from keepsight.streams.errors import EngineError, UsageError
 
 __all__ = [
@@ -72,7 +72,8 @@ class DeviceMemoryBank:
     The tensors are held twice, since no engine may write over what it reads: one update reads one half and writes the other.
     A tensor got from here therefore lasts for one more `append`, not longer.
 
-    Similarities are sums in float32, where the host's are in float64, so near-ties may merge otherwise (measured in the tests).
+    Similarities are summed in float32, where the host's are in float64, so near-ties may merge otherwise (export/memory_graph.py
+    says how near; the tests measure how often).
 
     Attributes:
         features: float32 [G, S, n, C] on the device. Slots out of use hold stale but finite values.
@@ -218,11 +219,12 @@ class DeviceMemoryBank:
         order = self.order
         kept = [name for name in self._riders if riders or name == "features"]
         rows = {_saved(name): rows_in_order(np.asarray(self._state[name]), order) for name in kept}
-        norms, similarity = (
+        similarity, norms = (
             np.take_along_axis(np.asarray(self._state[name]), order.astype(np.intp), axis=1).astype(np.float64)
-            for name in ("norms", "similarity")
+            for name in _COSINES
         )
-        return {**self._book.state(riders=False), **rows, "norms": norms, "similarity": similarity[:, : max(self.used - 1, 0)]}
+        cosines = {"norms": np.maximum(norms, COSINE_EPS), "similarity": 1 + similarity[:, : max(self.used - 1, 0)]}
+        return {**self._book.state(riders=False), **rows, **cosines}
 
     # -- what changes the bank -----------------------------------------------------------------------------------
 
@@ -257,9 +259,14 @@ class DeviceMemoryBank:
             values = self._zeros(name)
             write_rows(values, order, state[_saved(name)])
             self._state[name] = self._place(name, values)
-        for name in _COSINES:
+        # The graph's are the cosine less 1, and a norm of 0 where the host's is at its least.
+        cosines = {
+            "similarity": np.minimum(state["similarity"] - 1, 0),
+            "norms": np.where(state["norms"] <= COSINE_EPS, 0, state["norms"]),
+        }
+        for name, by_position in cosines.items():
             values = self._zeros(name)
-            np.put_along_axis(values, order[:, : state[name].shape[1]], state[name].astype(np.float32), axis=1)
+            np.put_along_axis(values, order[:, : by_position.shape[1]], by_position.astype(np.float32), axis=1)
             self._state[name] = self._place(name, values)
         own = {"features": np.ones((self.groups, used, self.tokens, 1), np.float32)}
         self._book.restore({name: own.get(name, array) for name, array in state.items() if not name.startswith(RIDER)})

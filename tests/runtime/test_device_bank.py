@@ -79,13 +79,13 @@ def test_at_real_size_a_device_does_bit_for_bit_what_the_host_does_with_its_merg
 ) -> None:
     """N=257, C=1408, H=768, M=20 (two of the six cross-attention layers), over more than 2 M frames.
 
-    As a vision transformer's, the features have much in common: neighbours' cosines are above 0.95. A third bank, the host's left
-    alone, shows how often sums in float32 choose as those in float64 do.
+    The features have nearly all in common: neighbours' cosines are about 0.9999, where float32 tells apart only some hundreds of
+    them. A third bank, the host's left alone, shows how often sums in float32 choose as those in float64 do nevertheless.
     """
     banks = Banks(tmp_path, slots=21, tokens=257, channels=1408, groups=1, rider_groups=2, hidden=768)
     device, forced, free = banks.device(), banks.host(), banks.host()
     equal, merges = 0, 0
-    for index, features in enumerate(banks.frames(48, common=5)):
+    for index, features in enumerate(banks.frames(48, common=100)):
         riders = banks.riders()
         device.append(features, time_s=float(index), riders=riders)
         if device.last_merge[0, 0] >= 0:
@@ -100,7 +100,7 @@ def test_at_real_size_a_device_does_bit_for_bit_what_the_host_does_with_its_merg
     assert merges == 27 * 257
     with capsys.disabled():
         print(f"\nfloat32 on a device chose as the host in {equal} of {merges} merges")
-    assert equal >= 0.99 * merges  # one near-tie told apart otherwise makes later ones of that token differ
+    assert equal >= 0.998 * merges  # one near-tie told apart otherwise makes later ones of that token differ
 
 
 @pytest.mark.parametrize("policy", ["mbc", "fifo", "average", "last"])
@@ -246,6 +246,8 @@ def test_a_state_goes_on_bit_for_bit_and_moves_between_host_and_device(tmp_path:
     banks = Banks(tmp_path, **SMALL)
     unbroken = banks.device()
     stream = [(features, banks.riders()) for features in banks.frames(20)]
+    for index, (features, _) in enumerate(stream):
+        features[2:] *= index % 3 != 2  # rows of zeros, whose norms the host holds at its least
     for index, (features, riders) in enumerate(stream[:frames]):
         unbroken.append(features, time_s=float(index), riders=riders)
     state = unbroken.state()
