@@ -190,7 +190,7 @@ class Unit:
         part: "replay", "standing" or "glitches".
         stream: its number, which with the seed makes it.
         scenes: how long it is.
-        policies: what to compare on it; for "glitches" they are `mbc` and `mbc` behind a gate, whatever this says.
+        policies: what to compare on it ("glitches": always `mbc`, with a gate and without).
         asked: at most so many questions at each length.
     """
 

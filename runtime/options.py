@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 ModeName = Literal["standing", "replay"]
-MemoryName = Literal["mbc", "mbc-balanced", "fifo", "average", "last"]
+MemoryName = Literal["mbc", "fifo", "average", "last"]
 BundleOption = Annotated[str, typer.Option("--bundle", "-b", help="A bundle's directory, or `tiny` for the shipped one.")]
 VariantOption = Annotated[str | None, typer.Option(help="A precision that the bundle comes in [default: its first].")]
 MemoryOption = Annotated[MemoryName, typer.Option(help="How a full memory makes room.")]
