@@ -190,7 +190,7 @@ class Unit:
         part: "replay", "standing" or "glitches".
         stream: its number, which with the seed makes it.
         scenes: how long it is.
-        policies: what to compare on it; for "glitches" they are `mbc` and `mbc` behind a gate, whatever this says.
+        policies: what to compare on it ("glitches": always `mbc`, with a gate and without).
         asked: at most so many questions at each length.
     """
 
@@ -260,17 +260,17 @@ def _glitches(lab: Laboratory, unit: Unit) -> Iterator[dict[str, Any]]:
     memory = lab.memory("mbc")
     for number, (condition, shots_of) in enumerate(CONDITIONS.items()):
         shots = shots_of(ends[-1] + 1, np.random.default_rng([lab.seed, 7, unit.stream, number]))
-        frames = [(lab.encoded(_key(keys, shot), shot.view), shot.disturbed) for shot in shots]
-        gated = [(frame, disturbed) for frame, disturbed in frames if not frame.flat]
+        frames = [(FRAME_S * k, lab.encoded(_key(keys, shot), shot.view), shot.disturbed) for k, shot in enumerate(shots)]
+        gated = [seen for seen in frames if not seen[1].flat]  # what it lets through keeps its time
         for gate, seen in ((False, frames), (True, gated)) if len(gated) < len(frames) else ((False, frames),):
             memory.forget()
-            for index, (frame, disturbed) in enumerate(seen):
-                memory.see(frame, index * FRAME_S, disturbed=disturbed)
+            for time_s, frame, disturbed in seen:
+                memory.see(frame, time_s, disturbed=disturbed)
             softs = [memory.qformer.replay(lab.prompt_of(question.text)) for question in questions]
             yield {
                 "mode": "replay", "policy": "mbc", "condition": condition, "gate": gate, "glitch_share": memory.glitch_share(),
-                "disturbed": float(np.mean([disturbed for _, disturbed in frames])),
-                "dropped_good": sum(frame.flat and not disturbed for frame, disturbed in frames),
+                "disturbed": float(np.mean([disturbed for *_, disturbed in frames])),
+                "dropped_good": sum(frame.flat and not disturbed for _, frame, disturbed in frames),
                 **_scored(lab, softs, questions),
             }  # fmt: skip
 

@@ -19,18 +19,14 @@ from keepsight.streams.errors import UsageError
 
 __all__ = ["COSINE_EPS", "MemoryBank", "Policy", "Rider"]
 
-Policy = Literal["mbc", "mbc-balanced", "fifo", "average", "last"]
-"""How a full bank makes room: merge the most similar neighbours (as they are, or the less willingly the more frames both
-stand for), drop the oldest, keep one mean, keep nothing."""
+Policy = Literal["mbc", "fifo", "average", "last"]
+"""How a full bank makes room: merge the most similar neighbours, drop the oldest, keep one mean, keep nothing."""
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IndexArray = npt.NDArray[np.intp]
 
 COSINE_EPS = 1e-8
 """Smallest norm that a cosine divides by, as in torch's ``cosine_similarity``."""
-
-BALANCE = 0.1
-"""`mbc-balanced`: cosine that a merge pays for every factor of e in the smaller of its two sizes."""
 
 _NONE = -1
 
@@ -61,14 +57,12 @@ def _oldest_pair(similarity: npt.NDArray[np.float64]) -> IndexArray:
 # Which adjacent pair a policy merges. Policies that are not named here merge nothing: they drop the oldest frame.
 _PAIR_TO_MERGE: Mapping[str, Callable[[npt.NDArray[np.float64]], IndexArray]] = {
     "mbc": _most_similar_pair,
-    "mbc-balanced": _most_similar_pair,  # of similarities that sizes have lowered
     "average": _oldest_pair,
 }
 
 # How many slots of a token stay in use once the bank has made room.
 _STORED: Mapping[str, Callable[[int], int]] = {
     "mbc": lambda length: length,
-    "mbc-balanced": lambda length: length,
     "fifo": lambda length: length,
     "average": lambda length: 1,
     "last": lambda length: 0,
@@ -139,13 +133,12 @@ class MemoryBank:
 
     Policies, as (what is seen in the visual bank, what a query bank holds when it is read):
 
-    ============ ==================================== =====================================
-    mbc          M merged slots and the current frame M merged slots
-    mbc-balanced M merged slots and the current frame M merged slots
-    fifo         the last M+1 frames                  the last M frames before the current
-    average      one mean of all frames               one mean of all frames before the current
-    last         the current frame                    nothing
-    ============ ==================================== =====================================
+    ======== ==================================== =====================================
+    mbc      M merged slots and the current frame M merged slots
+    fifo     the last M+1 frames                  the last M frames before the current
+    average  one mean of all frames               one mean of all frames before the current
+    last     the current frame                    nothing
+    ======== ==================================== =====================================
 
     Cost. Slots are never moved to close a gap: each token has its own order of slot indices. A step reads five slots
     per token and writes two, whatever M is. Similarities of neighbours are kept, so that a step computes three
@@ -200,7 +193,7 @@ class MemoryBank:
         self.current_outside = current_outside
         self.dtype = np.dtype(dtype)
 
-        self._compares = policy in ("mbc", "mbc-balanced")
+        self._compares = policy == "mbc"
         self._pair_to_merge = _PAIR_TO_MERGE.get(policy)
         self._stored = _STORED[policy](length)
         self._features = _Slots(groups, self.slots, tokens, channels, dtype)
@@ -352,16 +345,8 @@ class MemoryBank:
         if self._pair_to_merge is None:
             self._drop_oldest()
         else:
-            own = self._pair_to_merge(self._merge_scores())
+            own = self._pair_to_merge(self._similarity[:, : self._count - 1])
             self._merge(own if pair is None else self.checked_pair(pair))
-
-    def _merge_scores(self) -> npt.NDArray[np.float64]:
-        """How willingly each pair of neighbours is merged, [G, pairs, n] by time."""
-        similarity = self._similarity[:, : self._count - 1]
-        if self.policy != "mbc-balanced":
-            return similarity
-        sizes = np.take_along_axis(self.sizes, self._order[:, : self._count], axis=1)
-        return similarity - BALANCE * np.log(np.minimum(sizes[:, :-1], sizes[:, 1:]))
 
     def checked_pair(self, pair: npt.ArrayLike) -> IndexArray:
         """A forced merge as :meth:`settle` takes it; raises UsageError for one that is not in the bank."""

@@ -9,8 +9,8 @@ import typer
 
 ModeName = Literal["standing", "replay"]
 ScoreName = Literal["answer", "prefix", "mean"]
-MemoryName = Literal["mbc", "mbc-balanced", "fifo", "average", "last"]
-OfflineMemoryName = Literal["mbc", "mbc-balanced", "fifo", "average", "last", "concat"]
+MemoryName = Literal["mbc", "fifo", "average", "last"]
+OfflineMemoryName = Literal["mbc", "fifo", "average", "last", "concat"]
 BundleOption = Annotated[str, typer.Option("--bundle", "-b", help="A bundle's directory, or `tiny` for the shipped one.")]
 VariantOption = Annotated[str | None, typer.Option(help="A precision that the bundle comes in [default: its first].")]
 MemoryOption = Annotated[MemoryName, typer.Option(help="How a full memory makes room.")]

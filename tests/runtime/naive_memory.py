@@ -6,7 +6,6 @@ through it as ``memory_bank_compress`` does.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 
@@ -46,13 +45,6 @@ def compress(slots: list[Slot], similarity=cosine) -> tuple[list[Slot], int]:
     return [*slots[:best], weighted_mean(slots[best], slots[best + 1]), *slots[best + 2 :]], best
 
 
-def compress_balanced(slots: list[Slot], price: float) -> tuple[list[Slot], int]:
-    """`mbc-balanced` for one token: each pair pays `price` for every factor of e in the smaller of its two sizes."""
-    worth = [cosine(a.row, b.row) - price * math.log(min(a.size, b.size)) for a, b in itertools.pairwise(slots)]
-    best = worth.index(max(worth))
-    return [*slots[:best], weighted_mean(slots[best], slots[best + 1]), *slots[best + 2 :]], best
-
-
 class NaiveBank:
     """A memory bank for any policy; tokens are (group, token) pairs in lists of lists."""
 
@@ -86,8 +78,6 @@ class NaiveBank:
         """What the reference does after each frame but the last, and so before each frame but the first."""
         if self.policy == "mbc" and len(past) > self.length:
             return compress(past, self.similarity)
-        if self.policy == "mbc-balanced" and len(past) > self.length:
-            return compress_balanced(past, price=0.1)
         if self.policy == "fifo":
             return past[-self.length :], -1
         if self.policy == "last":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from keepsight.runtime import Bundle, Session
+from keepsight.runtime.cli import app
 from keepsight.runtime.gate import FLAT_LEVELS, FrameGate
-from keepsight.streams import Frame
+from keepsight.streams import Frame, write_video
 from keepsight.streams.errors import UsageError
 
 
@@ -96,3 +98,13 @@ def test_a_stream_of_nothing_leaves_nothing_to_ask_about():
         assert session.frames_seen == 0
         with pytest.raises(UsageError, match="Nothing has been seen yet"):
             session.ask("what color was first?")
+
+
+def test_ask_with_gate_says_what_a_video_lost_to_it(tmp_path):
+    """Grey and black frames that went through an encoder, right after a busy picture, are still flat."""
+    shots = [SCENE] * 3 + [level(128, 128, 128)] * 2 + [SCENE[::-1]] * 3 + [level(0, 0, 0)]
+    write_video(tmp_path / "clip.mp4", iter(np.array(shots)), fps=4.0)
+    result = CliRunner().invoke(app, ["ask", str(tmp_path / "clip.mp4"), "what color was first?", "--gate", "--threads", "1"])
+    assert result.exit_code == 0
+    assert "3 frames left out of the memory (1 black, 2 uniform)" in result.stderr
+    assert result.stdout.strip()

@@ -12,7 +12,7 @@ from keepsight.streams.errors import UsageError
 
 from .naive_memory import NaiveBank, Slot, cosine
 
-POLICIES = ["mbc", "mbc-balanced", "fifo", "average", "last"]
+POLICIES = ["mbc", "fifo", "average", "last"]
 
 
 def stream(frames, groups, tokens, channels, *, seed=0, hold=1):
@@ -83,7 +83,7 @@ def watch(bank: MemoryBank, frames, *, similarity=cosine):
         else:
             bank.append(frame, time_s=time_s)
             assert_view_equals(bank, seen)
-        if bank.policy in ("mbc", "mbc-balanced"):
+        if bank.policy == "mbc":
             assert np.array_equal(bank.last_merge, naive.merged), f"decisions differ at frame {t}"
         assert_bookkeeping_holds(bank)
     assert bank.frames_seen == len(frames)
@@ -125,22 +125,6 @@ def test_every_policy_shows_what_its_description_says(policy, current_outside):
         length=4, tokens=3, channels=5, groups=2, policy=policy, current_outside=current_outside, dtype=np.float64
     )
     watch(bank, stream(30, 2, 3, 5, hold=3))
-
-
-def test_mbc_balanced_spares_what_stands_for_many_frames_where_mbc_blends_it():
-    """Two long scenes of cosine 0.7, then short ones of cosine 0.5: mbc makes the long ones one slot, mbc-balanced does not."""
-    axes = np.eye(16)
-    long = [axes[0], 0.7 * axes[0] + np.sqrt(0.51) * axes[1]]
-    short = [(axes[2] + axis) / np.sqrt(2) for axis in axes[3:8]]
-    frames = np.repeat([*long, *short], [40, 40, *[1] * 5], axis=0)
-    sizes = {}
-    for policy in ("mbc", "mbc-balanced"):
-        bank = MemoryBank(length=4, tokens=1, channels=16, policy=policy, dtype=np.float64)
-        for t, row in enumerate(frames):
-            bank.append(row[None], time_s=float(t))
-        sizes[policy] = bank.in_time_order()[1][0, :, 0].tolist()
-    assert sizes["mbc"][0] == 80
-    assert sizes["mbc-balanced"][:2] == [40, 40]
 
 
 @settings(max_examples=60, deadline=None)
@@ -398,7 +382,7 @@ def test_append_refuses_what_does_not_fit_and_leaves_the_bank_as_it_was(features
     [
         ({"length": 0}, "length of at least 1, got 0"),
         ({"channels": 0}, "channels of at least 1"),
-        ({"policy": "lru"}, "unknown memory policy 'lru'. Use one of mbc, mbc-balanced, fifo, average, last"),
+        ({"policy": "lru"}, "unknown memory policy 'lru'. Use one of mbc, fifo, average, last"),
         ({"dtype": np.float16}, "can't be float16"),
         ({"groups": 2, "riders": {"k": Rider(3, 4)}}, "rider 'k' has 3 groups and the bank 2"),
         ({"riders": {"k": Rider(1, 0)}}, r"riders\['k'\].channels of at least 1"),
