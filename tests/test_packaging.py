@@ -205,7 +205,7 @@ def test_what_runtime_and_streams_import_is_a_dependency_without_extras() -> Non
     """An import that only an extra brings passes here, where every extra is installed, and fails in `make demo`."""
     required = [line for line in importlib.metadata.requires("keepsight") or [] if "extra ==" not in line]
     names = {re.split(r"[^\w.-]", line)[0].lower().replace("-", "_") for line in required}
-    names = {"llama_cpp" if name == "llama_cpp_python" else name for name in names}
+    names = {{"llama_cpp_python": "llama_cpp", "pillow": "PIL"}.get(name, name) for name in names}
     known = names | set(sys.stdlib_module_names) | {"keepsight", "gi"}  # gi is the system's
     foreign = {
         f"{path.relative_to(ROOT)}:{line} imports {name}"
