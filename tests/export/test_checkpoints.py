@@ -47,7 +47,10 @@ def one_frame(qformer: QFormer, features: Tensor, text: tuple[int, ...] = TEXT) 
     nowhere = torch.zeros(1, len(features), dtype=torch.int32)
     with torch.no_grad():
         state = qformer.prompt_state(ids, mask)
-        return Replay(qformer)(state, keys[:, None], values[:, None], nowhere, nowhere[None], torch.ones(1), mask)  # type: ignore[no-any-return]
+        output, rows, _ = Replay(qformer)(
+            state, keys[:, None], values[:, None], nowhere, nowhere[None], torch.ones(1), mask
+        )
+        return output, rows
 
 
 def check_against(model: Any, checkpoint: Checkpoint, text: tuple[int, ...] = TEXT) -> None:
