@@ -37,6 +37,8 @@ def show_answer(answers: AnswerStream, folder: Path | None, *, as_json: bool) ->
         typer.echo(line, err=True)
     for path in files:
         typer.echo(path, err=True)
+    if folder is not None and answer.evidence is None and answer.finish != NOTHING_REMEMBERED:
+        typer.echo("no evidence: this bundle's replay graph does not tell where it looked; export the bundle again", err=True)
 
 
 def notes(answer: Answer) -> list[str]:

@@ -22,7 +22,7 @@ from keepsight.runtime.positions import ranks
 from keepsight.runtime.qformer import QFormer
 from keepsight.runtime.scenes import Scene, plan_scenes, render
 from keepsight.runtime.session import Session
-from keepsight.runtime.show import show_timeline
+from keepsight.runtime.show import show_answer, show_timeline
 from keepsight.runtime.timeline import Interval, seen_within
 from keepsight.streams import Frame
 from keepsight.streams.errors import UsageError
@@ -151,12 +151,17 @@ def test_a_standing_question_is_not_limited_and_has_evidence_when_asked_for_it(s
     session.drop(standing)
 
 
-def test_a_bundle_that_does_not_tell_where_it_looked_gives_answers_without_evidence(session: Session, monkeypatch) -> None:
+def test_a_bundle_that_does_not_tell_where_it_looked_gives_answers_without_evidence(
+    session: Session, tmp_path: Path, monkeypatch, capsys
+) -> None:
     replay = session.qformer._engines["replay"]
     run = replay.run
     monkeypatch.setattr(replay, "run", lambda feeds: {k: v for k, v in run(feeds).items() if k != "attention"})
     answer = session.ask(COLOR).result
     assert answer.evidence is None and answer.as_dict()["evidence"] is None
+    show_answer(session.ask(COLOR), tmp_path, as_json=False)
+    shown = capsys.readouterr()
+    assert shown.out == f"{answer.text}\n" and "no evidence: " in shown.err
 
 
 def test_forgetting_forgets_pictures_and_times(tmp_path: Path) -> None:
