@@ -102,3 +102,11 @@ def test_a_summary_counts_the_past_alone():
     assert (cell["right"], cell["asked"]) == (2, 3) and cell["by_kind"]["present"] == [1, 1]
     assert majority(rows) == pytest.approx(2 / 3)
     assert math.isclose(cell["low"], wilson(2, 3)[0])
+
+
+def test_a_gate_takes_glitches_out_of_the_slots_and_has_a_row_only_where_it_refused_a_frame(lab):
+    rows = measure(lab, Unit("glitches", 1, 6, asked=1))
+    shares = {(row["condition"], row["gate"]): row["glitch_share"] for row in rows}
+    assert {condition for condition, _ in shares} == set(CONDITIONS)
+    assert shares["grey, 1 frame in 10", False] > 0 == shares["grey, 1 frame in 10", True]
+    assert ("undisturbed", True) not in shares and shares["undisturbed", False] == 0
