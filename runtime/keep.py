@@ -107,7 +107,7 @@ def _restore_if_there(session: Session, path: Path, uri: str) -> None:
 def _saving(session: Session, path: Path, every_s: float, kv: bool) -> Iterator[None]:
     dims = session.bundle.manifest.dims
     rows = [len(one.carried.prompt.state) for one in session.standing]
-    nbytes = snapshot_bytes(dims, question_rows=rows, kv=kv)
+    nbytes = snapshot_bytes(dims, question_rows=rows, kv=kv) + session.key_frames.budget_bytes
     daily = bytes_per_day(nbytes, every_s)
     typer.echo(f"Saving to {path} every {every_s:g} s: up to {_size(nbytes)} a time, {_size(daily)} a day.", err=True)
     saver = Saver(session, path, every_s=every_s, kv=kv, on_error=_say)

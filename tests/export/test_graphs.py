@@ -116,7 +116,7 @@ def test_every_graph_has_the_inputs_of_the_contract_and_opset_17(bundle, qformer
     for graph in bundle.manifest.graphs:
         model = onnx.load(str(bundle.graph_path(graph)), load_external_data=False)
         assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
-        if graph == "vision":
+        if graph in ("vision", "memory"):  # made otherwise, and tested where they are made
             continue
         engine = OnnxRuntimeEngine(bundle.graph_path(graph))
         assert list(engine.inputs) == list(examples[graph])

@@ -72,7 +72,7 @@ def test_a_stopped_run_goes_on_and_its_file_can_be_asked(tmp_path: Path) -> None
         first.send_signal(signal.SIGTERM)
         _, said = first.communicate(timeout=60)
     assert first.returncode == 0, said
-    assert re.search(r"every 0\.5 s: up to 2\.93 MB a time, 507 GB a day", said), said
+    assert re.search(r"every 0\.5 s: up to 5\.03 MB a time, 869 GB a day", said), said  # 2.10 of it key frames
     assert re.search(r"Logging features .* 100 MB hold 0\.\d h", said), said
     saved = Snapshot.read(path)
     assert re.search(rf"Saved \d+ times; .* has {saved.frames_seen} frames", said), said
