@@ -191,6 +191,8 @@ def verify(
 
     # Hashes are not checked here: the question is what the files compute.
     _check_pixels(pixels, against, clip, backend)
+    if not all(text.strip() for text in question or ()):
+        raise UsageError("A question is empty.", fix="Ask something, or leave --question out.")
     opened = Bundle.open(bundle, variant=variant, verify=False)
     with open_engines(opened, backend, cuda_graphs=cuda_graphs) as engines:
         if against is not None and against.suffix == ".npz":

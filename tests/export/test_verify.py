@@ -84,6 +84,13 @@ def test_a_changed_weight_is_named_by_its_node(tiny: Path, graph: str, index: in
         assert report["graphs"][name]["first_difference"] is None and not report["graphs"][name]["changed_weights"]
 
 
+@pytest.mark.parametrize("questions", [[""], [" \n"], ["what was there first?", ""]])
+def test_an_empty_question_is_refused(questions: list[str], tmp_path: Path) -> None:
+    result = run("tiny", *(f"--question={text}" for text in questions), "--out", str(tmp_path))
+    assert isinstance(result.exception, UsageError) and "A question is empty" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
 def test_parity_has_an_exit_code_of_its_own() -> None:
     assert (ParityError.exit_code, ParityError.kind) == (14, "parity")
 
