@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-environment lint test results restart-test flatness memory-study full-size clean
+.PHONY: help setup demo test-environment lint test results restart-test flatness memory-study int8-table full-size clean
 
 # Settings of this machine that should outlast one command, as `export NAME := value`; not under version control.
 -include local.mk
@@ -23,6 +23,7 @@ help:
 	@echo "make restart-test  kill a watching process 50 times, restore it, compare its answers with an unbroken run's (about 4 minutes)"
 	@echo "make flatness time and memory over 100,000 frames again (about 30 minutes)"
 	@echo "make memory-study measure how long memories hold, and what glitch frames do to them (about 15 minutes)"
+	@echo "make int8-table quantise keepsight-tiny to 8 bits, and measure what that saves and costs (about 6 minutes)"
 	@echo "make full-size export models of full size with random weights (30 GB of disk, 16 GB of memory, about 45 minutes)"
 	@echo "make clean   remove .venv and everything built (not the cache of llama.cpp wheels)"
 	@echo
@@ -55,6 +56,9 @@ flatness: test-environment
 
 memory-study: test-environment
 	@.venv/bin/python scripts/memory-study
+
+int8-table: test-environment
+	@.venv/bin/python scripts/int8-table
 
 full-size: test-environment
 	@.venv/bin/python scripts/full-size
