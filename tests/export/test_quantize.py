@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +37,7 @@ from keepsight.streams.errors import EngineError, MissingComponentError, ParityE
 
 from ..random_bundle import IMAGE_SIZE, WORDS, make_bundle, random_frames, random_qformer
 
+ROOT = Path(__file__).parents[2]
 EVA_SIZE = 56
 
 
@@ -108,6 +110,14 @@ def test_the_tiny_encoder_in_8_bits(tmp_path: Path) -> None:
     with OnnxRuntimeEngine(bundle.graph_path("vision")) as small, OnnxRuntimeEngine(folder / "vision.onnx") as plain:
         a, b = (engine.run({"frames": frames})["features"] for engine in (small, plain))
     assert 0.9 < float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)) < 0.99999
+
+
+def test_the_readme_shows_what_8_bits_save_and_cost() -> None:
+    """Its table is what `scripts/int8-table` prints of the measured figures in docs/int8.json."""
+    command = [sys.executable, str(ROOT / "scripts" / "int8-table"), "--show"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.count("\n") == 4
+    assert printed in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_it_builds_in_tensorrt(tmp_path: Path) -> None:
