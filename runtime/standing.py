@@ -9,6 +9,7 @@ between questions: a prompt begins with the question's own soft prompt, and what
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -163,7 +164,7 @@ class StandingQuestions:
         self._said: list[str | None] = [None] * len(questions)
         self._sampler = Sampler(1 / every_s) if every_s else None
         self._due = self._rounds = self._last_rounds = self._answers = self._changes = 0
-        self._asked_at = 0  # frames seen at the last round
+        self._asked_at = 0  # frames seen by every answer of the last round
         self.frames_dropped = 0
 
     def due(self, frame: Frame) -> bool:
@@ -185,13 +186,13 @@ class StandingQuestions:
         """
         self._rounds += 1
         self._last_rounds += not due
-        self._asked_at = self.session.frames_seen
+        self._asked_at = sys.maxsize
         changes = [change for index in range(len(self._carried)) if (change := self._ask(index)) is not None]
         return Round(len(self._carried), tuple(changes))
 
     @property
     def behind(self) -> bool:
-        """Whether frames have come since the last round."""
+        """Whether frames have come that not every answer of the last round has seen."""
         return self.session.frames_seen > self._asked_at
 
     @property
@@ -212,6 +213,7 @@ class StandingQuestions:
             told = self.session.ask(standing).result
             answer, probability = told.text, None
         self._answers += 1
+        self._asked_at = min(self._asked_at, told.frames_seen)
         previous, self._said[index] = self._said[index], answer
         if answer == previous:
             return None
@@ -266,7 +268,8 @@ def follow_camera(standing: StandingQuestions, uri: str, *, until_s: float | Non
             over = camera.ended or (until_s is not None and session.time_s >= until_s)
             if ready.wait(0 if over else _LOOK_S):
                 ready.clear()  # before asking: what becomes due meanwhile is another round
-                standing.ask()
+                if standing.behind:  # the last round may have begun after this frame was seen, before it was called due
+                    standing.ask()
             elif over and standing.behind:
                 standing.ask(due=False)
             if over:

@@ -214,6 +214,34 @@ def test_frames_do_not_wait_for_answers_and_the_newest_state_is_asked_about(
     assert summary.rounds_dropped >= 2 and summary.frames >= asked[2] and told[0].previous is None
 
 
+def test_a_round_is_behind_while_one_of_its_answers_has_not_seen_the_newest_frame(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frame that comes between two answers of a round: the first has not seen it, and the next round is not in vain."""
+    session.forget()
+    images = random_frames(3, size=224)
+    standing = StandingQuestions(session, [Question(COLOR), Question(SEEN)], lambda change: None)
+    session.see(Frame(images[0], 0.0, 0.0, 0))
+    assert standing.behind
+    standing.ask()
+    assert not standing.behind
+    session.see(Frame(images[1], 1.0, 1.0, 1))
+    assert standing.behind
+    honest = session.ask
+
+    def overtaken(*arguments: Any, **options: Any) -> Any:
+        answers = honest(*arguments, **options)
+        if session.frames_seen == 2:
+            session.see(Frame(images[2], 2.0, 2.0, 2))
+        return answers
+
+    monkeypatch.setattr(session, "ask", overtaken)
+    standing.ask()
+    assert standing.behind
+    standing.ask()
+    assert not standing.behind
+
+
 def test_live_rounds_are_as_far_apart_as_offline(session: Session, clip: Path) -> None:
     """Of a file that plays as a camera: at 0, 1 and 2 s, and once more at the frame after which nothing is watched."""
     session.forget()
@@ -268,9 +296,11 @@ def test_ctrl_c_ends_with_a_summary() -> None:
     """As a person presses it: the process gets SIGINT while it watches, tells what it has done, and leaves with 0."""
     command = [sys.executable, "-m", "keepsight.runtime.cli", "watch", "test://ball", "--question", COLOR, "--threads", "1"]
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUNBUFFERED": "1"}
+    # A shell starts what runs in the background with SIGINT ignored, and children inherit that: not what a person has.
     with subprocess.Popen(
-        [*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+        [*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
         assert process.stdout is not None
         first = json.loads(process.stdout.readline())
         process.send_signal(signal.SIGINT)
