@@ -112,7 +112,7 @@ def _print_ask(found: Figures, console: Console) -> None:
     else:
         console.print(
             f"share of the time to the first token, with keepsight-tiny and its small language model: {tiny['share']:.0%} "
-            f"({tiny['replay_ms']:.1f} of {tiny['first_token_ms']:.1f} ms); with a 7B one it is not measured"
+            f"({tiny['replay_ms']:.1f} of {tiny['first_token_ms']:.1f} ms); with a 7B one: scripts/question-cost"
         )
 
 
