@@ -109,6 +109,7 @@ class LiveSource(Iterator[Frame]):
         self._epoch_s: float | None = None
         self._time_s = 0.0
         self._delivered = 0
+        self._generation = -1  # of the newest frame
         self._unseen = 0  # frames replaced since the sampler took one
         self._moment: tuple[int, int] | None = None  # generation, and which k / fps of the sampler's it was
         # Its thread would go on for ever if nobody closed it. The supervisor knows nothing of this object, so it can be.
@@ -216,6 +217,9 @@ class LiveSource(Iterator[Frame]):
             if time.monotonic() - asked < timeout_s / 2:
                 self._supervisor.pause(timeout_s / 2)
             return None
+        if generation != self._generation:
+            self._generation = generation
+            self._supervisor.delivered()
         return self._judged(picture, generation, sampled=sampled)
 
     def _judged(self, picture: Picture, generation: int, *, sampled: bool) -> Frame | None:

@@ -56,6 +56,7 @@ class Supervisor:
         self._backoff = Backoff(reconnect)
         self._changed = threading.Condition()
         self._closing = threading.Event()
+        self._look = threading.Event()  # there is something to see before the next look is due
         self._thread: threading.Thread | None = None
         self._current: tuple[int, Capture] | None = None
         self._failure: BaseException | None = None
@@ -80,6 +81,7 @@ class Supervisor:
     def close(self) -> None:
         """Stop, within a few seconds whatever the source does. Closing twice does nothing."""
         self._closing.set()
+        self._look.set()
         with self._changed:
             self._changed.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -106,6 +108,12 @@ class Supervisor:
         """Wait for so long, or until there is another connection or none any more."""
         with self._changed:
             self._changed.wait(timeout_s)
+
+    def delivered(self) -> None:
+        """Tell that the first frame of a connection has been read; on return the state says so too."""
+        self._look.set()
+        with self._changed:
+            self._changed.wait_for(lambda: self._log.state == "live" or self._current is None, 2 * _LOOK_S)
 
     # -- the thread ------------------------------------------------------------------------------------------------
 
@@ -158,33 +166,41 @@ class Supervisor:
         began = time.monotonic()
         edge = _Edge(self._uri)
         stalled_at: float | None = None
-        while not self._closing.wait(_LOOK_S):
+        while not self._due():
+            arrivals, now = capture.arrivals, time.monotonic()
+            if arrivals.last is not None:
+                self.arrivals = arrivals
+                silent = now - arrivals.last
+                # Before it is asked what ended it: a connection that gave a single frame was live.
+                if silent <= self._watchdog.limit_s(arrivals) and (stalled_at is not None or self._log.state != "live"):
+                    self._went_live(arrivals, began)
+                    stalled_at = None
             try:
                 capture.check()
             except KeepsightError as error:
                 return error
-            arrivals, now = capture.arrivals, time.monotonic()
             if arrivals.last is None:
                 if now - began > self._first_frame_s:
                     return silence_of(self._uri, self._first_frame_s)
                 if now - began > _UNANSWERED_S and edge.rose(now):
                     return lost(self._uri, "it can be reached only now")
                 continue
-            self.arrivals = arrivals
-            silent = now - arrivals.last
-            limit = self._watchdog.limit_s(arrivals)
-            if silent <= limit:
-                if stalled_at is not None or self._log.state != "live":
-                    self._went_live(arrivals, began)
-                stalled_at = None
-                if now - began > _SETTLED_S:
-                    self._backoff.settle()
-            elif stalled_at is None:
+            if now - began > _SETTLED_S:
+                self._backoff.settle()
+            if silent <= self._watchdog.limit_s(arrivals):
+                continue
+            if stalled_at is None:
                 stalled_at = now
                 self._log.add("stalled", f"no frame for {silent:.1f} s{_usual(self._watchdog.interval_s(arrivals))}")
-            if stalled_at is not None and now - stalled_at >= self._watchdog.grace_s(arrivals):
+            if now - stalled_at >= self._watchdog.grace_s(arrivals):
                 return lost(self._uri, f"no frame for {silent:.1f} s")
         return None
+
+    def _due(self) -> bool:
+        """Wait until it is time to look again; whether that is never."""
+        self._look.wait(_LOOK_S)
+        self._look.clear()
+        return self.closed
 
     def _went_live(self, arrivals: Arrivals, began: float) -> None:
         assert arrivals.last is not None
@@ -194,6 +210,8 @@ class Supervisor:
         else:
             self._log.add("live", f"frames{size} again, {arrivals.last - self._last_frame:.1f} s after the last one")
         self._lost_at = None
+        with self._changed:
+            self._changed.notify_all()
 
     def _retire(self, capture: Capture) -> None:
         """Take a connection down, from a thread that may hang in it."""
