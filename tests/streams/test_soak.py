@@ -40,8 +40,8 @@ def resident_kb() -> int:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
-def lose(server: RtspServer, source: LiveSource, *, kill: bool) -> None:
-    """Read a frame of a new connection, then end it."""
+def lose(server: RtspServer, source: LiveSource, *, kill: bool) -> tuple[int, int, int]:
+    """Read a frame of a new connection, then end it; returns descriptors, threads and memory while it was live."""
     end = time.monotonic() + PATIENCE_S
     before = source.generation
     while True:
@@ -49,6 +49,7 @@ def lose(server: RtspServer, source: LiveSource, *, kill: bool) -> None:
         if frame is not None and frame.generation == before:
             break
         assert time.monotonic() < end, source.events
+    found = descriptors(), threading.active_count(), resident_kb()
     if kill:
         server.stop()
         server.start()
@@ -57,6 +58,7 @@ def lose(server: RtspServer, source: LiveSource, *, kill: bool) -> None:
     while source.generation == before:
         source.latest(0.02)
         assert time.monotonic() < end, source.events
+    return found
 
 
 def test_thirty_reconnections_leave_nothing_behind(rtsp_server: RtspServer, no_collector: None) -> None:
@@ -65,13 +67,12 @@ def test_thirty_reconnections_leave_nothing_behind(rtsp_server: RtspServer, no_c
     seen: list[tuple[int, int, int]] = []
     with LiveSource(rtsp_server.url("/ball"), size=(224, 224), reconnect=policy) as source:
         for count in range(30):
-            lose(rtsp_server, source, kill=count % 10 == 5)
-            seen.append((descriptors(), threading.active_count(), resident_kb()))
+            seen.append(lose(rtsp_server, source, kill=count % 10 == 5))
     assert source.generation == 30 and source.stuck_teardowns == 0
-    # At such a moment the next connection may be under way, or not: what counts is that the most does not grow.
+    # A thread that closes an old connection, or its socket, may still be on its way out.
     early, late = seen[5:15], seen[20:]
     assert max(fds for fds, _, _ in late) <= max(fds for fds, _, _ in early) + 3
-    assert max(threads for _, threads, _ in late) <= max(threads for _, threads, _ in early)
+    assert max(threads for _, threads, _ in late) <= max(threads for _, threads, _ in early) + 1
     assert late[-1][2] - early[0][2] < 8 * 1024
     end = time.monotonic() + PATIENCE_S
     while descriptors() > open_before + 3 or threading.active_count() > threads_before:  # GLib keeps one wake-up of its own
