@@ -104,6 +104,8 @@ class Snippets(Iterator[Snippet]):
             CSI camera; it runs in the same pipeline, with the same clock.
         absent: what if there is no sound, or no picture, in the source: an `error`, or `pad` every snippet.
         pace: `offline` reads a test pattern as a file.
+        sound_late_s: how much later the sound comes than it should, which is taken off its times: what an encoder or a microphone
+            delays it by and its container does not tell.
         wait_s: how long after its end a live snippet waits for its late track.
         timeouts: seconds to wait for the first data, and for any more.
 
@@ -133,6 +135,7 @@ class Snippets(Iterator[Snippet]):
         microphone: str | None = None,
         absent: Absent = "error",
         pace: Pace = "auto",
+        sound_late_s: float = 0.0,
         wait_s: float = 1.0,
         timeouts: Timeouts | None = None,
     ) -> None:
@@ -144,7 +147,9 @@ class Snippets(Iterator[Snippet]):
         self._microphone = None if microphone is None else Microphone.parse(microphone)
         if self._microphone is not None and not self.is_live:
             raise UsageError(f"{self.uri} is not live, and a microphone is.", fix="Leave microphone= out.")
-        self._absent, self._wait_s = absent, wait_s
+        if not np.isfinite(sound_late_s):
+            raise UsageError(f"sound_late_s={sound_late_s} makes no sense.", fix="Give seconds.")
+        self._absent, self._wait_s, self._sound_late_s = absent, wait_s, sound_late_s
         self._timeouts = timeouts or Timeouts()
         self._line_rate = rate
         SampleLine(rate)  # refuses a rate that makes no sense
@@ -200,7 +205,8 @@ class Snippets(Iterator[Snippet]):
             if self._gatherer is not None or self._closed:
                 return
             tracks = Tracks(self.uri, view=self._view, rate=self._line_rate, microphone=self._microphone, live=self.is_live)
-            self._gatherer = _Gatherer(tracks, self._view, self._line_rate, self._grid, live=self.is_live)
+            line = SampleLine(self._line_rate)
+            self._gatherer = _Gatherer(tracks, self._view, line, self._sound_late_s, self._grid, live=self.is_live)
             if self.is_live:
                 # Somebody must see what comes while the reader is busy: only wanted frames, of one snippet at a time, are kept.
                 self._thread = threading.Thread(target=self._collect, name="keepsight-snippets", daemon=True)
@@ -333,11 +339,13 @@ class _Gatherer:
     Holds what the next snippet needs, and no more: the frames that it wants, and its samples.
     """
 
-    def __init__(self, tracks: Tracks, view: View, rate: int, grid: _Grid, *, live: bool) -> None:
+    def __init__(
+        self, tracks: Tracks, view: View, line: SampleLine, sound_late_s: float, grid: _Grid, *, live: bool
+    ) -> None:
         assert view.size is not None
         self.tracks = tracks
         self._view, self._grid, self._live = view, grid, live
-        self._line = SampleLine(rate)
+        self._line, self._sound_late_s = line, sound_late_s
         self._kept: list[_Kept] = []
         self._last: Shot | None = None  # how long it stands shows when the next one comes
         self._interval_s = 0.0
@@ -417,7 +425,7 @@ class _Gatherer:
             return shot is not None
         chunk = self.tracks.pull_chunk(timeout_s)
         if chunk is not None:
-            time_s = self._stream_s(chunk.time_s)
+            time_s = self._stream_s(chunk.time_s) - self._sound_late_s
             self._line.add(chunk.samples, time_s, restart=chunk.restart)
             self._end_s = max(self._end_s, (self._line.end or 0) / self._line.rate)
         return chunk is not None
