@@ -46,7 +46,8 @@ class Sound:
 class Audio(Iterator[Sound]):
     """The sound of a file, a camera or a microphone, piece by piece; each begins where the one before it ended.
 
-    Several channels are mixed to their mean (`librosa.to_mono`), after resampling by GStreamer's audioresample, which adds no delay.
+    Several channels are mixed to their mean (`librosa.to_mono`), after resampling by GStreamer's audioresample, whose delay is
+    below a tenth of a sample.
     Sound keeps within 5 ms of its time stamps; a lost packet is silence of the right length (see `SampleLine`). An encoder's own
     delay (AAC's priming) is taken off only where the container tells of it. A live source whose reader is away for
     long loses the oldest; that is silence, too.

@@ -33,6 +33,8 @@ PICTURES_IN, SOUND_IN, SAMPLES, RESAMPLER = "pictures-in", "sound-in", "samples"
 _FRAMES_WAITING, _CHUNKS_WAITING = 8, 256
 _TEST_TICK_HZ = 100
 
+_CONTAINERS = ("quicktime", "x-matroska", "webm", "x-msvideo", "mpegts", "x-flv", "x-ms-asf", "ogg")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shot:
@@ -84,6 +86,7 @@ class Tracks:
         self._fault: KeepsightError | None = None
         self._delivered = False
         self._undecoded: dict[Track, str] = {}  # a track that is there and has no decoder
+        self._seen: set[str] = set()  # what the container holds
         self._listed = threading.Event()  # the container has named all its streams
         self._linked: set[Track] = set()
         self._coming: set[Track] = set()  # an RTP stream whose decoder is not ready yet
@@ -208,6 +211,10 @@ class Tracks:
         if self._microphone is not None and (of_microphone or self._uri is None):
             return self._microphone.fault(message.parse_error()[0].message.rstrip("."), delivered=self._delivered)
         assert self._uri is not None
+        absent = self._seen and not any(name.startswith(f"{track}/") for track in self._sinks for name in self._seen)
+        if absent and not self._delivered:  # decodebin asks for a decoder of what was not wanted
+            what = "sound" if "audio" in self._sinks else "video"
+            return SourceUnreadableError(f"{self} has no {what} in it.", fix="Give one that has.")
         return fault_of(self._uri, message, delivered=self._delivered)
 
     def _connect(self, plan: _Plan) -> None:
@@ -227,9 +234,18 @@ class Tracks:
     def _follow(self, decoder: Any) -> None:
         decoder.connect("pad-added", self._on_pad)
         decoder.connect("unknown-type", self._on_unknown)
+        decoder.connect("autoplug-continue", self._on_stream)
 
     def _on_listed(self, element: Any) -> None:
         self._listed.set()
+
+    def _on_stream(self, decoder: Any, pad: Any, caps: Any) -> bool:
+        name = caps.get_structure(0).get_name()
+        if name.startswith(("audio/", "video/")):
+            # A container's own type is video/ too, as a rule: it is no stream of pictures.
+            if not name.endswith(_CONTAINERS):
+                self._seen.add(name)
+        return True
 
     def _on_unknown(self, decoder: Any, pad: Any, caps: Any) -> None:
         name = caps.get_structure(0).get_name()
