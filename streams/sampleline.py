@@ -43,6 +43,7 @@ class SampleLine:
         self.end: int | None = None  # one behind the last sample; None before the first
         self.silence = 0  # samples put in, between the first and the last
         self.cut = 0  # samples taken out
+        self._next = 0  # where the next chunk is expected: behind the last one, cut or not
         self._chunks: deque[tuple[int, NDArray[np.float32]]] = deque()
 
     def add(self, samples: NDArray[np.float32], time_s: float, *, restart: bool = False) -> None:
@@ -56,9 +57,10 @@ class SampleLine:
         begin = round(time_s * self.rate)
         if self.end is not None:
             slack = 0 if restart else round(TOLERANCE_S * self.rate)
-            if abs(begin - self.end) <= slack:
-                begin = self.end
+            if abs(begin - self._next) <= slack:
+                begin = self._next
             self.silence += max(0, begin - self.end)
+        self._next = begin + len(samples)
         earliest = max(0, begin if self.end is None else self.end)
         overlap = min(len(samples), max(0, earliest - begin))
         self.cut += overlap

@@ -33,7 +33,7 @@ def write_chunks(path: Path, chunks: Sequence[tuple[float, np.ndarray]], rate: i
     gst = load_gst()
     pipeline = gst.parse_launch(
         f"appsrc name=in format=time caps=audio/x-raw,format=S16LE,rate={rate},channels=1,layout=interleaved "
-        f"! {chain} ! filesink name=out"
+        f"! audioconvert ! {chain} ! filesink name=out"
     )
     pipeline.get_by_name("out").set_property("location", str(path))
     pipeline.set_state(gst.State.PLAYING)
@@ -44,7 +44,7 @@ def write_chunks(path: Path, chunks: Sequence[tuple[float, np.ndarray]], rate: i
     pipeline.get_by_name("in").end_of_stream()
     message = pipeline.get_bus().timed_pop_filtered(10 * gst.SECOND, gst.MessageType.EOS | gst.MessageType.ERROR)
     pipeline.set_state(gst.State.NULL)
-    assert message is not None and message.type == gst.MessageType.EOS
+    assert message is not None and message.type == gst.MessageType.EOS, message and message.parse_error()
     return path
 
 
@@ -107,7 +107,7 @@ def test_a_lost_opus_packet_is_silence_of_its_length(tmp_path: Path) -> None:
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(48000) / 48000)
     tone[38400:38404] = 1.0  # a click at 0.8 s
     path = write_chunks(tmp_path / "whole.mkv", [(0.0, tone)], 48000, "opusenc frame-size=20 ! matroskamux")
-    dropping = gst.parse_launch(f"filesrc location={path} ! matroskademux ! identity name=at ! matroskamux ! filesink name=out")
+    dropping = gst.parse_launch(f"filesrc location={path} ! matroskademux ! opusparse name=at ! matroskamux ! filesink name=out")
     dropping.get_by_name("out").set_property("location", str(tmp_path / "lost.mkv"))
     packets = iter(range(1000))
 
@@ -125,13 +125,6 @@ def test_a_lost_opus_packet_is_silence_of_its_length(tmp_path: Path) -> None:
     assert (~heard).sum() / 16 == pytest.approx(40, abs=1)  # ms
     assert np.all(lost[~heard] == 0)
     assert np.argmax(np.abs(lost)) == pytest.approx(np.argmax(np.abs(whole)), abs=16)  # Matroska's millisecond
-
-
-def test_a_late_start_keeps_its_time(tmp_path: Path) -> None:
-    # the muxer would move a lone late track to 0: a second one holds the beginning
-    path = write_chunks(tmp_path / "late.mkv", [(0.0, np.zeros(160))], 16000)
-    samples, start_s = Audio(path).read()
-    assert (start_s, len(samples)) == (0.0, 160)
 
 
 def test_the_sound_of_a_video_is_read_without_its_pictures(media: Path) -> None:

@@ -14,16 +14,17 @@ RATE = 1000  # so that a sample is a millisecond
 def one_by_one(chunks: list[tuple[float, int, bool]], count: int) -> tuple[np.ndarray, np.ndarray]:
     """Sample for sample as the docstring of SampleLine has it; the samples are numbered from 1."""
     samples, heard = np.zeros(count, np.float32), np.zeros(count, bool)
-    end, number = None, 0
+    end, following, number = None, 0, 0
     for time_s, length, restart in chunks:
         place = round(time_s * RATE)
-        if end is not None and abs(place - end) <= (0 if restart else TOLERANCE_S * RATE):
-            place = end
+        if end is not None and abs(place - following) <= (0 if restart else TOLERANCE_S * RATE):
+            place = following
         for offset in range(length):
             number += 1
             taken = end is not None and place + offset < end
             if 0 <= place + offset < count and not taken:
                 samples[place + offset], heard[place + offset] = number, True
+        following = place + length
         end = place + length if end is None else max(end, place + length)
     return samples, heard
 
@@ -44,6 +45,7 @@ CHUNKS = [
     ([(0.0, 20, False), (0.030, 20, False)], 10, 0),  # one lost packet of 10 ms
     ([(0.0, 20, False), (0.010, 20, False)], 0, 10),  # overlapping
     ([(0.0, 20, False), (0.005, 10, False), (0.020, 20, False)], 0, 10),  # all of it heard already
+    ([(0.0, 40, False), (0.010, 28, False), (0.038, 20, False)], 0, 30),  # what goes on there is no crack, either
     ([(0.7, 20, False)], 0, 0),  # a late start is not a gap
     ([(-0.005, 20, False)], 0, 5),  # before the beginning
     ([(0.0, 20, False), (0.2, 20, True), (0.1, 30, False), (0.22, 5, False)], 180, 30),
