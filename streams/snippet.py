@@ -316,7 +316,7 @@ def _offsets(frames: int | Sequence[float], length_s: float) -> NDArray[np.float
     if isinstance(frames, int):
         if frames < 1:
             raise UsageError(f"{frames} frames in a snippet make no sense.", fix="Give 1 or more.")
-        return np.arange(frames) * (length_s / frames)
+        return np.arange(frames, dtype=np.float64) * (length_s / frames)
     offsets = np.asarray(frames, np.float64)
     ascending = offsets.ndim == 1 and offsets.size > 0 and bool(np.all(np.diff(offsets) >= 0))
     if not (ascending and offsets[0] >= 0 and offsets[-1] < length_s):

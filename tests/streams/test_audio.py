@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import wave
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_a_test_source_ticks(gst: Any) -> None:
     with Audio("test://ball") as audio:  # live
         pieces = [next(audio) for _ in range(30)]
     assert pieces[0].start_s == 0 and audio.is_live
-    for before, after in zip(pieces, pieces[1:], strict=False):
+    for before, after in itertools.pairwise(pieces):
         assert after.start_s == pytest.approx(before.start_s + len(before.samples) / 16000)
 
 

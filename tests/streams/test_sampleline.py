@@ -44,7 +44,7 @@ CHUNKS = [
     ([(0.0, 20, False), (0.024, 20, True)], 4, 0),  # the same, but said to be lost
     ([(0.0, 20, False), (0.030, 20, False)], 10, 0),  # one lost packet of 10 ms
     ([(0.0, 20, False), (0.010, 20, False)], 0, 10),  # overlapping
-    ([(0.0, 20, False), (0.005, 10, False), (0.020, 20, False)], 0, 10),  # all of it heard already
+    ([(0.0, 20, False), (0.005, 10, False), (0.020, 20, False)], 0, 15),  # all of it heard already
     ([(0.0, 40, False), (0.010, 28, False), (0.038, 20, False)], 0, 30),  # what goes on there is no crack, either
     ([(0.7, 20, False)], 0, 0),  # a late start is not a gap
     ([(-0.005, 20, False)], 0, 5),  # before the beginning

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keepsight.streams import SourceUnreadableError, UsageError, tracks
+from keepsight.streams import SourceLostError, SourceUnreadableError, UsageError, tracks
 from keepsight.streams.capture import Timeouts
 from keepsight.streams.snippet import Snippet, Snippets
 
@@ -163,14 +163,14 @@ def test_a_live_track_that_falls_silent_is_padded_after_the_wait(monkeypatch: py
 
 
 REFUSED = [
-    (dict(length_s=0.0, frames=1), "length_s=0.0"),
-    (dict(length_s=1.0, frames=0), "0 frames"),
-    (dict(length_s=1.0, frames=[0.5, 0.2]), "not times in a snippet"),
-    (dict(length_s=1.0, frames=[1.0]), "not times in a snippet"),
-    (dict(length_s=1.0, hop_s=-1.0, frames=1), "hop_s=-1"),
-    (dict(length_s=1.0, frames=1, absent="zeros"), "absent='zeros'"),
-    (dict(length_s=1.0, frames=1, rate=0), "0 samples/s"),
-    (dict(length_s=1.0, frames=1, microphone="mic://"), "is not live"),
+    ({"length_s": 0.0, "frames": 1}, "length_s=0.0"),
+    ({"length_s": 1.0, "frames": 0}, "0 frames"),
+    ({"length_s": 1.0, "frames": [0.5, 0.2]}, "not times in a snippet"),
+    ({"length_s": 1.0, "frames": [1.0]}, "not times in a snippet"),
+    ({"length_s": 1.0, "hop_s": -1.0, "frames": 1}, "hop_s=-1"),
+    ({"length_s": 1.0, "frames": 1, "absent": "zeros"}, "absent='zeros'"),
+    ({"length_s": 1.0, "frames": 1, "rate": 0}, "0 samples/s"),
+    ({"length_s": 1.0, "frames": 1, "microphone": "mic://"}, "is not live"),
 ]
 
 
@@ -191,3 +191,28 @@ def test_the_real_clip_with_sound_is_cut_into_snippets() -> None:
     assert all(snippet.padded_frames == 0 and snippet.padded_samples == 0 for snippet in found[:5])
     assert np.std(np.concatenate([snippet.samples for snippet in found])) == pytest.approx(0.004, abs=0.003)
     assert np.std(found[2].frames[4]) > 10
+
+
+def test_a_network_camera_gives_pictures_and_sound_on_one_clock(rtsp_server: Any) -> None:
+    with Snippets(rtsp_server.url("/talk"), length_s=1.0, frames=4, size=(16, 12)) as snippets:
+        found = [next(snippets) for _ in range(3)]
+    assert all(snippet.padded_frames == 0 and snippet.padded_samples < 1600 for snippet in found[1:])
+    ticks = [snippet.start + np.flatnonzero(np.abs(snippet.samples) > 0.3)[0] / 16000 for snippet in found[1:]]
+    assert (ticks[1] - ticks[0]) % 1.0 == pytest.approx(0, abs=0.05) or (ticks[1] - ticks[0]) % 1.0 > 0.95
+
+
+def test_a_network_camera_without_sound_is_an_error_or_padding(rtsp_server: Any) -> None:
+    with pytest.raises(SourceUnreadableError, match="no sound"):
+        next(Snippets(rtsp_server.url("/ball"), length_s=0.5, frames=2, size=(16, 12)))
+    with Snippets(rtsp_server.url("/ball"), length_s=0.5, frames=2, size=(16, 12), absent="pad") as snippets:
+        snippet = next(snippets)
+    assert snippet.padded_frames == 0 and snippet.padded_samples == 8000
+
+
+def test_a_camera_that_dies_is_lost(rtsp_server: Any) -> None:
+    with Snippets(rtsp_server.url("/talk"), length_s=0.5, frames=2, size=(16, 12)) as snippets:
+        next(snippets)
+        rtsp_server.process.kill()
+        with pytest.raises(SourceLostError):
+            for _ in range(100):
+                next(snippets)
