@@ -11,6 +11,7 @@ GStreamer does the work and is imported when the first source opens, not with th
 from __future__ import annotations
 
 from keepsight.streams.backoff import Reconnect
+from keepsight.streams.audio import Audio, Sound
 from keepsight.streams.encode import write_video
 from keepsight.streams.errors import (
     BundleError,
@@ -32,10 +33,12 @@ from keepsight.streams.events import Event
 from keepsight.streams.frame import Frame
 from keepsight.streams.live import LiveSource
 from keepsight.streams.sampling import Sampler
+from keepsight.streams.snippet import Snippet, Snippets
 from keepsight.streams.source import Source
 from keepsight.streams.uri import SourceURI
 
 __all__ = [
+    "Audio",
     "BundleError",
     "CheckpointError",
     "DatasetError",
@@ -51,6 +54,9 @@ __all__ = [
     "ParityError",
     "Reconnect",
     "Sampler",
+    "Snippet",
+    "Snippets",
+    "Sound",
     "Source",
     "SourceLostError",
     "SourceNotFoundError",

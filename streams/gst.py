@@ -48,7 +48,7 @@ _INSTALL = f'On Debian, Ubuntu and JetPack: {_APT_LINE}. On macOS and Windows: p
 
 _PACKAGE_OF = {
     "gstreamer1.0-plugins-base": (
-        "appsink appsrc decodebin parsebin playbin uridecodebin videoconvert videoscale videotestsrc typefind"
+        "appsink appsrc audioconvert audioresample audiotestsrc decodebin opusdec parsebin playbin uridecodebin videoconvert videoscale videotestsrc typefind"
     ),
     "gstreamer1.0-plugins-good": (
         "rtph265depay rtpjitterbuffer rtpjpegdepay souphttpsrc udpsrc "
@@ -56,6 +56,8 @@ _PACKAGE_OF = {
         "rtspsrc v4l2src videoflip vp8enc"
     ),
     "gstreamer1.0-plugins-bad": "errorignore hlsdemux jpegparse h264parse h265parse openh264dec openh264enc",
+    "gstreamer1.0-alsa": "alsasrc",
+    "gstreamer1.0-pulseaudio": "pulsesrc",  # in Debian 12 a name for gstreamer1.0-plugins-good
     "gstreamer1.0-plugins-ugly": "x264enc",
     "gstreamer1.0-libav": "avdec_h264 avdec_h265",
     "libgstreamer1.0-0": "capsfilter filesink filesrc identity queue tee",

@@ -1,7 +1,7 @@
 """An RTSP camera on 127.0.0.1 for the tests: `python rtsp_server.py PORT [locked]` prints its port when it is ready.
 
 PORT 0 takes a free one. /ball is endless, /short ends after 20 frames; /fps1 and /half give 1 and 0.5 frames/s; /switch changes
-its size from 160x120 to 320x240 and back every second; /hd is 720p30. A locked server asks for ann's password. SIGUSR1 makes it
+its size from 160x120 to 320x240 and back every second; /hd is 720p30; /talk has sound, a tick each second. A locked server asks for ann's password. SIGUSR1 makes it
 hang up on all its clients.
 """
 
@@ -17,7 +17,7 @@ USER, PASSWORD = "ann", "p@ss/w#rd"
 _ROLE = "viewer"
 
 
-def _factory(server: Any, frames: int = -1, *, fps: str = "30/1", size: tuple[int, int] = (160, 120)) -> Any:
+def _factory(server: Any, frames: int = -1, *, fps: str = "30/1", size: tuple[int, int] = (160, 120), sound: str = "") -> Any:
     encoder = "x264enc tune=zerolatency speed-preset=ultrafast key-int-max=10"
     if load_gst().ElementFactory.find("x264enc") is None:
         encoder = "openh264enc gop-size=10"
@@ -26,9 +26,12 @@ def _factory(server: Any, frames: int = -1, *, fps: str = "30/1", size: tuple[in
     made.set_launch(
         f"( videotestsrc is-live=true pattern=ball num-buffers={frames} "
         f"! capsfilter name=size caps=video/x-raw,format=I420,width={size[0]},height={size[1]},framerate={fps} "
-        f"! {encoder} ! h264parse ! rtph264pay name=pay0 pt=96 config-interval=-1 )"
+        f"! {encoder} ! h264parse ! rtph264pay name=pay0 pt=96 config-interval=-1 {sound} )"
     )
     return made
+
+
+_TICKS = "audiotestsrc is-live=true wave=ticks ! audio/x-raw,rate=8000,channels=1 ! alawenc ! rtppcmapay name=pay1 pt=8"
 
 
 def _switching(factory: Any, glib: Any) -> Any:
@@ -79,6 +82,7 @@ def main(port: str, locked: bool) -> None:
         "/fps1": _factory(GstRtspServer, fps="1/1"),
         "/half": _factory(GstRtspServer, fps="1/2"),
         "/hd": _factory(GstRtspServer, size=(1280, 720)),
+        "/talk": _factory(GstRtspServer, sound=_TICKS),
         "/switch": _switching(_factory(GstRtspServer), GLib),
     }
     if locked:
