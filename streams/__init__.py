@@ -10,6 +10,7 @@ GStreamer does the work and is imported when the first source opens, not with th
 
 from __future__ import annotations
 
+from keepsight.streams.backoff import Reconnect
 from keepsight.streams.encode import write_video
 from keepsight.streams.errors import (
     BundleError,
@@ -27,7 +28,9 @@ from keepsight.streams.errors import (
     SourceUnreadableError,
     UsageError,
 )
+from keepsight.streams.events import Event
 from keepsight.streams.frame import Frame
+from keepsight.streams.live import LiveSource
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.source import Source
 from keepsight.streams.uri import SourceURI
@@ -37,13 +40,16 @@ __all__ = [
     "CheckpointError",
     "DatasetError",
     "EngineError",
+    "Event",
     "Frame",
     "KeepsightError",
     "LLMError",
+    "LiveSource",
     "MissingComponentError",
     "MissingModelError",
     "NoFrameError",
     "ParityError",
+    "Reconnect",
     "Sampler",
     "Source",
     "SourceLostError",

@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from keepsight.streams.bicubic import scaled
-from keepsight.streams.errors import KeepsightError, NoFrameError, SourceUnreadableError
-from keepsight.streams.faults import fault_of, lost, truncation_of
-from keepsight.streams.gst import first_error, load_gst, pixel_aspect, sample_to_array
+from keepsight.streams.errors import KeepsightError, SourceUnreadableError
+from keepsight.streams.faults import fault_of, lost, silence_of, truncation_of
+from keepsight.streams.gst import load_gst, pixel_aspect, sample_to_array
 from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Delivery, build, recipe_for
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.uri import SourceURI
@@ -21,11 +24,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Capture", "Picture", "Timeouts"]
+__all__ = ["Arrivals", "Capture", "Picture", "Timeouts"]
 
 # On an error the sink gets no end of stream and a pull would last its whole time: pulls are short, and the bus is
 # looked at between them.
 _PULL_S = 0.05
+
+# A camera's rate changes with the light, so only its last few frames say what it is now.
+_INTERVALS = 16
 
 # Containers round their duration, and a last frame's own length may be unknown.
 _DURATION_SLACK_S = 1.0
@@ -41,17 +47,44 @@ class Timeouts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
-    """A decoded picture and its times, both in seconds: `time_s` of the stream, `captured_at` of time.monotonic()."""
+    """A decoded picture and its times, both in seconds: `time_s` of the stream, `captured_at` of time.monotonic().
+
+    `pts_ns` and `running_time_s` are its buffer's, if it had any; `replaced` is how many frames it replaced.
+    """
 
     image: NDArray[np.uint8]
     time_s: float
     captured_at: float
+    pts_ns: int | None = None
+    running_time_s: float | None = None
+    replaced: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What came out of a decoder so far, whoever read it.
+
+    Attributes:
+        count: frames.
+        last: when the last came, in seconds of time.monotonic(); None before the first.
+        interval_s: the usual one between the last few, as they came or as they are stamped, whichever is longer; None before the
+            second frame.
+        stated_interval_s: what the stream says of its rate, if anything.
+        size: (width, height) of the decoded frames; None before the first.
+    """
+
+    count: int
+    last: float | None
+    interval_s: float | None
+    stated_interval_s: float | None
+    size: tuple[int, int] | None
 
 
 class Capture:
     """Reads one source, once.
 
-    One thread calls `next`; any thread may call `close`.
+    One thread calls `next`, which looks after the pipeline too. Or one thread calls `pull`, and another one `check` and
+    `arrivals` every now and then. Any thread may call `close`.
 
     Args:
         uri: what to read: a file (not a directory), a camera, a test pattern.
@@ -74,7 +107,9 @@ class Capture:
         self._closed = threading.Event()
         self._fault: KeepsightError | None = None
         self._duration_s: float | None = None
+        self._warning: str | None = None
         self._pulled = 0
+        self._serial = 0  # of the last frame read, as the tap counts them
         self.dropped = 0
         self._pipeline = build(recipe_for(uri, view, delivery))
         self._sink = self._pipeline.get_by_name(FRAMES)
@@ -94,11 +129,11 @@ class Capture:
         """
         asked = time.monotonic()
         while not self._closed.is_set():
-            sample = self._sink.try_pull_sample(int(_PULL_S * self._gst.SECOND))
-            ended = sample is None and self._sink.get_property("eos")  # before listening: its cause comes first
+            picture = self.pull(_PULL_S)
+            ended = picture is None and self._sink.get_property("eos")  # before listening: its cause comes first
             self._listen()
-            if sample is not None:
-                return self._picture(sample)
+            if picture is not None:
+                return picture
             if self._closed.is_set():
                 break
             if self._fault is not None:
@@ -108,6 +143,34 @@ class Capture:
                 return None
             self._watch(asked)
         return None
+
+    def pull(self, timeout_s: float) -> Picture | None:
+        """The next picture if there is one within so many seconds. It never waits longer, and raises nothing of the source's."""
+        sample = self._sink.try_pull_sample(int(timeout_s * self._gst.SECOND))
+        return None if sample is None else self._picture(sample)
+
+    def check(self) -> None:
+        """Raise what has ended a live source, as soon as it has, even if its last frames have not been read.
+
+        Raises:
+            KeepsightError: see `faults`; SourceLostError at its end.
+        """
+        ended = self._tap.ended  # before listening: its cause comes first
+        self._listen()
+        if self._fault is not None:
+            raise self._fault
+        if ended and not self._closed.is_set():
+            raise self._lost_by_end()
+
+    @property
+    def arrivals(self) -> Arrivals:
+        """What has been decoded so far."""
+        return self._tap.arrivals()
+
+    @property
+    def unread(self) -> int:
+        """Frames that have been replaced by newer ones since the last one that was read."""
+        return max(0, self._tap.arrived - self._serial - 1)
 
     def duration_s(self) -> float | None:
         """The length in seconds that the container states, or None. Known once a picture has come."""
@@ -124,42 +187,58 @@ class Capture:
 
     def _listen(self) -> None:
         """Empty the bus, which would otherwise grow for as long as a stream plays, and keep its first error."""
-        message = first_error(self._bus)
-        if message is not None and self._fault is None:
-            self._fault = fault_of(self._uri, message, delivered=self._tap.arrived > 0, has_video=self._decodes_video())
+        kinds = self._gst.MessageType
+        while (message := self._bus.pop_filtered(kinds.ERROR | kinds.WARNING)) is not None:
+            if message.type == kinds.WARNING:
+                self._warning = self._uri.redact(message.parse_warning()[0].message).rstrip(".")
+            elif self._fault is None:  # those behind it ("Internal data stream error.") are its consequences
+                self._fault = fault_of(self._uri, message, delivered=self._tap.arrived > 0, has_video=self._decodes_video())
 
-    def _picture(self, sample: Any) -> Picture:
+    def _picture(self, sample: Any) -> Picture | None:
         buffer = sample.get_buffer()
         if self._pulled == 0:
             self.duration_s()  # asked while it can be: a closed pipeline has forgotten it
         self._pulled += 1
-        self.dropped = max(self.dropped, self._tap.serial_of(buffer.pts) - self._pulled)
-        time_s = _running_time_s(self._gst, sample.get_segment(), buffer.pts)
+        replaced = self._replaced_by(buffer.pts)
+        self.dropped += replaced
+        running_s = _running_time_s(self._gst, sample.get_segment(), buffer.pts)
         captured_at = time.monotonic()
-        if self._delivery != "every" and time_s is not None:
-            captured_at -= max(0.0, self._elapsed_s() - time_s)
+        if self._delivery != "every" and running_s is not None:
+            elapsed_s = self._elapsed_s()
+            if elapsed_s is None:  # closed meanwhile: nobody can say any more how old this is
+                return None
+            captured_at -= max(0.0, elapsed_s - running_s)
+        time_s = running_s
         if time_s is None:  # a picture file, or a raw stream without times
             time_s = captured_at - self._started if self._live else 0.0
         image = scaled(sample_to_array(sample), self._view, pixel_aspect(sample))
-        return Picture(image, time_s, captured_at)
+        pts_ns = None if buffer.pts == self._gst.CLOCK_TIME_NONE else int(buffer.pts)
+        return Picture(image, time_s, captured_at, pts_ns, running_s, replaced)
 
-    def _elapsed_s(self) -> float:
-        """The pipeline's running time now."""
+    def _replaced_by(self, pts: int) -> int:
+        """How many frames came between the one read before and this one, and were let go for it."""
+        if self._delivery == "every":  # nothing is: what is missing, the sampler left out
+            return 0
+        serial, before = self._tap.serial_of(pts), self._serial
+        self._serial = max(before + 1, serial)
+        return self._serial - before - 1
+
+    def _elapsed_s(self) -> float | None:
+        """The pipeline's running time now; None if it has no clock, because it was closed."""
         clock = self._pipeline.get_clock()
         if clock is None:
-            return 0.0
+            return None if self._closed.is_set() else 0.0
         elapsed: float = (clock.get_time() - self._pipeline.get_base_time()) / self._gst.SECOND
         return elapsed
+
+    def _lost_by_end(self) -> KeepsightError:
+        return lost(self._uri, f"the stream ended ({self._warning})" if self._warning else "the stream ended")
 
     def _watch(self, asked: float) -> None:
         now = time.monotonic()
         if self._tap.last_arrival is None:
             if now - self._started > self._timeouts.first_frame_s:
-                camera = "Check that it is playing, or wait longer for it."
-                raise NoFrameError(
-                    f"{self._uri} gave no frame within {self._timeouts.first_frame_s:g} s.",
-                    fix=camera if self._uri.is_camera else "It may be damaged: try to play it elsewhere.",
-                )
+                raise silence_of(self._uri, self._timeouts.first_frame_s)
             return
         # A file waits for its reader, so only the time spent asking counts; a camera goes on by itself.
         since = self._tap.last_arrival if self._live else max(asked, self._tap.last_arrival)
@@ -174,7 +253,7 @@ class Capture:
     def _judge_end(self) -> None:
         """Tell a source that is over from one that broke off: GStreamer reports both as the end."""
         if self._live:
-            raise lost(self._uri, "the stream ended")
+            raise self._lost_by_end()
         if self._uri.kind != "file":
             return
         missing = self._shortfall()
@@ -226,7 +305,9 @@ class _Tap:
         self.end_s = 0.0
         # A frame read out is one of the last few: one in the queue, one being scaled, one in the sink.
         self._recent: deque[tuple[int, int]] = deque(maxlen=16)
-        self._probe = pad.add_probe(gst.PadProbeType.BUFFER, self._on_buffer)
+        self._times: deque[tuple[float, float | None]] = deque(maxlen=_INTERVALS + 1)
+        self.ended = False
+        self._probe = pad.add_probe(gst.PadProbeType.BUFFER | gst.PadProbeType.EVENT_DOWNSTREAM, self._on_data)
 
     def serial_of(self, pts: int) -> int:
         """Which frame, counted from 1, had this time; 0 if it was too long ago to know."""
@@ -237,12 +318,32 @@ class _Tap:
             self._pad.remove_probe(self._probe)
             self._probe = 0
 
-    def _on_buffer(self, pad: Any, info: Any) -> Any:
+    def arrivals(self) -> Arrivals:
+        stated, size = self._stated()
+        return Arrivals(self.arrived, self.last_arrival, _interval_s(self._times.copy()), stated, size)
+
+    def _stated(self) -> tuple[float | None, tuple[int, int] | None]:
+        """Seconds between frames, and their size, as the caps have them."""
+        caps = self._pad.get_current_caps()
+        if caps is None:
+            return None, None
+        structure = caps.get_structure(0)
+        _, width = structure.get_int("width")
+        _, height = structure.get_int("height")
+        known, numerator, denominator = structure.get_fraction("framerate")
+        stated = denominator / numerator if known and numerator > 0 else None  # 0/1 is a rate that varies
+        return stated, (width, height) if width and height else None
+
+    def _on_data(self, pad: Any, info: Any) -> Any:
+        if not info.type & self._gst.PadProbeType.BUFFER:
+            self.ended = self.ended or info.get_event().type == self._gst.EventType.EOS
+            return self._gst.PadProbeReturn.OK
         buffer = info.get_buffer()
         self.arrived += 1
         self.last_arrival = time.monotonic()
         self._recent.append((self.arrived, buffer.pts))
         time_s = self._time_s(pad, buffer.pts)
+        self._times.append((self.last_arrival, time_s))
         if time_s is None:
             return self._gst.PadProbeReturn.OK
         length = buffer.duration
@@ -254,6 +355,16 @@ class _Tap:
     def _time_s(self, pad: Any, pts: int) -> float | None:
         event = pad.get_sticky_event(self._gst.EventType.SEGMENT, 0)
         return None if event is None else _running_time_s(self._gst, event.parse_segment(), pts)
+
+
+def _interval_s(times: Sequence[tuple[float, float | None]]) -> float | None:
+    """The usual interval of the last few. A burst comes faster than it was taken, and not every stream stamps its frames."""
+    if len(times) < 2:
+        return None
+    came = median(later - sooner for (sooner, _), (later, _) in pairwise(times))
+    stamps = [stamp for _, stamp in times if stamp is not None]
+    stamped = median(later - sooner for sooner, later in pairwise(stamps)) if len(stamps) > 1 else 0.0
+    return max(came, stamped)
 
 
 def _running_time_s(gst: Any, segment: Any, pts: int) -> float | None:

@@ -18,7 +18,7 @@ from keepsight.streams.errors import (
 )
 from keepsight.streams.uri import SourceURI
 
-__all__ = ["fault_of", "lost", "truncation_of"]
+__all__ = ["RefusedError", "fault_of", "lost", "silence_of", "truncation_of"]
 
 # Error codes, not texts: the texts are translated to the user's language.
 _RESOURCE, _STREAM = "gst-resource-error-quark", "gst-stream-error-quark"
@@ -30,6 +30,10 @@ _NO_DECODER = {(_STREAM, 6), ("gst-core-error-quark", 12)}
 
 _DECODERS = "apt-get install gstreamer1.0-libav gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly."
 _PLAYABLE = "Give an MP4, MKV, AVI or WebM video, or PNG or JPEG pictures."
+
+
+class RefusedError(SourceUnreadableError):
+    """A camera wants another user or password. Asked too often, many lock the account."""
 
 
 def fault_of(uri: SourceURI, message: Any, *, delivered: bool, has_video: bool | None = None) -> KeepsightError:
@@ -61,6 +65,17 @@ def lost(uri: SourceURI, reason: str) -> SourceLostError:
         "csi": "Check the ribbon cable and nvargus-daemon, then start again.",
     }.get(uri.kind, "Start again.")
     return SourceLostError(f"{uri} is lost: {reason}.", fix=fix)
+
+
+def silence_of(uri: SourceURI, waited_s: float) -> NoFrameError:
+    """The error of a source whose first frame did not come in time."""
+    what = f"{uri} gave no frame within {waited_s:g} s"
+    if not uri.is_camera:
+        return NoFrameError(f"{what}.", fix="It may be damaged: try to play it elsewhere.")
+    if uri.kind == "rtsp":  # a host that swallows packets and a server that hangs look the same to rtspsrc
+        problem = _connection_problem(uri)
+        what += ": it accepts connections, and says nothing" if problem is None else f": it can't be reached: {problem}"
+    return NoFrameError(f"{what}.", fix="Check that it is playing, or wait longer for it.")
 
 
 def truncation_of(uri: SourceURI) -> str | None:
@@ -101,7 +116,7 @@ def _file_fault(uri: SourceURI, code: tuple[str, int], reason: str, *, has_video
 def _rtsp_fault(uri: SourceURI, code: tuple[str, int], reason: str) -> KeepsightError:
     if code == _NOT_AUTHORIZED:
         how = "Write rtsp://user:password@host/path." if uri.password is None else "Check the user and the password."
-        return SourceUnreadableError(f"{uri} refuses us: {reason}.", fix=how)
+        return RefusedError(f"{uri} refuses us: {reason}.", fix=how)
     if code == _NOT_FOUND:
         return SourceNotFoundError(f"{uri}: the camera answers, but has no such path: {reason}.", fix="Check the path.")
     if code in _OPENING:

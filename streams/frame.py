@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Frame"]
+__all__ = ["Frame", "wall_time_of"]
 
 
 # eq=False: two frames are the same only if they are the same object; comparing their pixels would give an array.
@@ -26,12 +26,21 @@ class Frame:
             machine. For a file played in real time: when it was due. For a file read as fast as possible: when it
             was decoded.
         index: how many frames this source had delivered before it.
+        pts_ns: the presentation time that its buffer carried, in ns; what it counts from is up to the source.
+        running_time_s: the same in seconds since its pipeline started: what sound and pictures of one pipeline share.
+        wall_time: time.time() of the capture; None where nothing was captured (a file read as fast as possible, pictures).
+        generation: how many earlier connections to the source had delivered frames. A `LiveSource` counts them up; between
+            two generations frames are missing, for as long as their times say.
     """
 
     image: NDArray[np.uint8]
     time_s: float
     captured_at: float
     index: int
+    pts_ns: int | None = None
+    running_time_s: float | None = None
+    wall_time: float | None = None
+    generation: int = 0
 
     @property
     def age_ms(self) -> float:
@@ -41,3 +50,8 @@ class Frame:
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]
         return f"Frame({width}x{height}, time_s={self.time_s:.3f}, index={self.index})"
+
+
+def wall_time_of(captured_at: float) -> float:
+    """What time.time() said at a moment of time.monotonic(), as the clock goes now."""
+    return time.time() - (time.monotonic() - captured_at)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol
 
 from keepsight.streams.arrays import ArrayFile, is_array_file
-from keepsight.streams.capture import Capture, Picture, Timeouts
-from keepsight.streams.containers import lacks_index
-from keepsight.streams.errors import SourceNotFoundError, SourceUnreadableError, UsageError
-from keepsight.streams.faults import truncation_of
-from keepsight.streams.frame import Frame
+from keepsight.streams.capture import Arrivals, Capture, Picture, Timeouts
+from keepsight.streams.errors import UsageError
+from keepsight.streams.frame import Frame, wall_time_of
 from keepsight.streams.images import ImageFiles, image_paths
 from keepsight.streams.pipelines import Delivery
+from keepsight.streams.presence import check_presence
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.stills import Stills, StillSequence
 from keepsight.streams.uri import SourceURI
@@ -102,7 +101,7 @@ class Source(Iterator[Frame]):
         self._timeouts = Timeouts(first_frame_timeout_s, stall_timeout_s)
         self._fps = fps
         self._sampler = None if fps is None else Sampler(fps)
-        self._stills = _check_presence(self.uri, self._view, self._timeouts)
+        self._stills = _present_stills(self.uri, self._view, self._timeouts)
         self._ahead: Picture | None = None
         self._epoch_s: float | None = None
         self._time_s = 0.0
@@ -117,6 +116,11 @@ class Source(Iterator[Frame]):
     def dropped(self) -> int:
         """Frames that a newer one replaced before they were read. Those that `fps` leaves out are not among them."""
         return 0 if self._reader is None else self._reader.dropped
+
+    @property
+    def arrivals(self) -> Arrivals | None:
+        """Rate and size of what has been decoded; None before it is opened, and for pictures and `.npy` frames."""
+        return self._reader.arrivals if isinstance(self._reader, Capture) else None
 
     @property
     def duration_s(self) -> float | None:
@@ -134,7 +138,10 @@ class Source(Iterator[Frame]):
         if picture is None:
             self.close()
             raise StopIteration
-        frame = Frame(picture.image, self._forward(picture.time_s), picture.captured_at, self._delivered)
+        frame = Frame(
+            picture.image, self._forward(picture.time_s), picture.captured_at, self._delivered, picture.pts_ns,
+            picture.running_time_s, wall_time_of(picture.captured_at) if self.is_live else None,
+        )  # fmt: skip
         self._delivered += 1
         return frame
 
@@ -202,7 +209,7 @@ class Source(Iterator[Frame]):
         # A camera's stream starts with its first frame, not with the time it took to connect.
         if self._epoch_s is None:
             self._epoch_s = picture.captured_at
-        return Picture(picture.image, max(0.0, picture.captured_at - self._epoch_s), picture.captured_at)
+        return replace(picture, time_s=max(0.0, picture.captured_at - self._epoch_s))
 
     def _forward(self, time_s: float) -> float:
         self._time_s = max(self._time_s, time_s)
@@ -219,14 +226,10 @@ def _delivery(uri: SourceURI, pace: Pace) -> Delivery:
     return "every" if pace == "offline" else "newest"
 
 
-def _check_presence(uri: SourceURI, view: View, timeouts: Timeouts) -> Stills | None:
+def _present_stills(uri: SourceURI, view: View, timeouts: Timeouts) -> Stills | None:
     """Refuse what is not there before GStreamer is asked, whose answers are vaguer; find pictures that lie ready."""
-    if uri.kind == "file":
-        _check_file(uri)
-        return _stills_at(Path(uri.location), view, timeouts)
-    if uri.kind == "v4l2":
-        _check_device(uri.location)
-    return None
+    check_presence(uri)
+    return _stills_at(Path(uri.location), view, timeouts) if uri.kind == "file" else None
 
 
 def _stills_at(path: Path, view: View, timeouts: Timeouts) -> Stills | None:
@@ -234,36 +237,3 @@ def _stills_at(path: Path, view: View, timeouts: Timeouts) -> Stills | None:
         return ArrayFile(path, view, timeouts)
     images = image_paths(path)
     return None if images is None else ImageFiles(images, view, timeouts)
-
-
-def _check_file(uri: SourceURI) -> None:
-    path = Path(uri.location)
-    if not path.exists():
-        place = "" if path.is_absolute() else f" in {Path.cwd()}"
-        raise SourceNotFoundError(f"there is no file {path}{place}.", fix="Check the path.")
-    if not os.access(path, os.R_OK):
-        raise SourceUnreadableError(f"{path} may not be read by this user.", fix=f"chmod +r {path}.")
-    if not (path.is_file() or path.is_dir()):  # reading a pipe may block for ever, even against closing it
-        raise SourceUnreadableError(f"{path} is a pipe or a device, not a file.", fix="Save it to a file first.")
-    if path.is_file() and path.stat().st_size == 0:
-        raise SourceUnreadableError(f"{path} is empty (0 bytes).", fix="Copy or download it again.")
-    if path.is_file() and lacks_index(path):
-        # Checked here because decodebin sometimes swallows the demuxer's complaint, and then nothing ever comes.
-        missing = truncation_of(uri)
-        what = f"is truncated: {missing} are there, and its" if missing else "has no"
-        raise SourceUnreadableError(
-            f"{path} {what} index (the moov box){' is in the rest' if missing else ''}.",
-            fix="Copy or download it again.",
-        )
-
-
-def _check_device(device: str) -> None:
-    if not os.path.exists(device):
-        there = ", ".join(sorted(str(item) for item in Path("/dev").glob("video*"))) or "none at all"
-        raise SourceNotFoundError(
-            f"there is no camera {device}; this machine has {there}.", fix="Plug it in, and see `keepsight sources`."
-        )
-    if not os.access(device, os.R_OK | os.W_OK):
-        raise SourceUnreadableError(
-            f"{device} may not be used by this user.", fix="sudo usermod -aG video $USER, then log in again."
-        )

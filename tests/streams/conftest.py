@@ -91,8 +91,15 @@ class RtspServer:
     """rtsp_server.py in a process of its own, so that it can be killed and frozen."""
 
     def __init__(self, *options: str) -> None:
+        self._options = options
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        """Begin, or begin again on the same port."""
         script = Path(__file__).with_name("rtsp_server.py")
-        self.process = subprocess.Popen([sys.executable, str(script), "0", *options], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, str(script), str(self.port), *self._options]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.port = int(self.process.stdout.readline())
 

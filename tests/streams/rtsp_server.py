@@ -1,10 +1,13 @@
 """An RTSP camera on 127.0.0.1 for the tests: `python rtsp_server.py PORT [locked]` prints its port when it is ready.
 
-PORT 0 takes a free one. /ball is endless, /short ends after 20 frames. A locked server asks for ann's password.
+PORT 0 takes a free one. /ball is endless, /short ends after 20 frames; /fps1 and /half give 1 and 0.5 frames/s; /switch changes
+its size from 160x120 to 320x240 and back every second; /hd is 720p30. A locked server asks for ann's password. SIGUSR1 makes it
+hang up on all its clients.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Any
 
@@ -14,7 +17,7 @@ USER, PASSWORD = "ann", "p@ss/w#rd"
 _ROLE = "viewer"
 
 
-def _factory(server: Any, frames: int) -> Any:
+def _factory(server: Any, frames: int = -1, *, fps: str = "30/1", size: tuple[int, int] = (160, 120)) -> Any:
     encoder = "x264enc tune=zerolatency speed-preset=ultrafast key-int-max=10"
     if load_gst().ElementFactory.find("x264enc") is None:
         encoder = "openh264enc gop-size=10"
@@ -22,10 +25,29 @@ def _factory(server: Any, frames: int) -> Any:
     made.set_shared(True)
     made.set_launch(
         f"( videotestsrc is-live=true pattern=ball num-buffers={frames} "
-        f"! video/x-raw,format=I420,width=160,height=120,framerate=30/1 ! {encoder} ! h264parse "
-        "! rtph264pay name=pay0 pt=96 config-interval=-1 )"
+        f"! capsfilter name=size caps=video/x-raw,format=I420,width={size[0]},height={size[1]},framerate={fps} "
+        f"! {encoder} ! h264parse ! rtph264pay name=pay0 pt=96 config-interval=-1 )"
     )
     return made
+
+
+def _switching(factory: Any, glib: Any) -> Any:
+    gst = load_gst()
+
+    def on_media(_: Any, media: Any) -> None:
+        size = media.get_element().get_by_name("size")
+        sizes = ["width=320,height=240", "width=160,height=120"]
+
+        def switch() -> bool:
+            sizes.reverse()
+            size.set_property("caps", gst.Caps.from_string(f"video/x-raw,format=I420,{sizes[1]},framerate=30/1"))
+            return True
+
+        timer = glib.timeout_add(1000, switch)
+        media.connect("unprepared", lambda _: glib.source_remove(timer))
+
+    factory.connect("media-configure", on_media)
+    return factory
 
 
 def _lock(server: Any, rtsp: Any, factories: list[Any]) -> None:
@@ -51,12 +73,25 @@ def main(port: str, locked: bool) -> None:
     server = GstRtspServer.RTSPServer.new()
     server.set_address("127.0.0.1")
     server.set_service(port)
-    factories = {"/ball": _factory(GstRtspServer, -1), "/short": _factory(GstRtspServer, 20)}
+    factories = {
+        "/ball": _factory(GstRtspServer),
+        "/short": _factory(GstRtspServer, 20),
+        "/fps1": _factory(GstRtspServer, fps="1/1"),
+        "/half": _factory(GstRtspServer, fps="1/2"),
+        "/hd": _factory(GstRtspServer, size=(1280, 720)),
+        "/switch": _switching(_factory(GstRtspServer), GLib),
+    }
     if locked:
         _lock(server, GstRtspServer, list(factories.values()))
     for path, factory in factories.items():
         server.get_mount_points().add_factory(path, factory)
     server.attach(None)
+
+    def hang_up() -> bool:
+        server.client_filter(lambda *_: GstRtspServer.RTSPFilterResult.REMOVE)
+        return True
+
+    GLib.unix_signal_add(GLib.PRIORITY_DEFAULT, signal.SIGUSR1, hang_up)
     print(server.get_bound_port(), flush=True)
     GLib.MainLoop().run()
 
