@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "BRANCH_PREFIX",
     "array_to_buffer",
     "debian_package",
     "first_error",
     "has_element",
+    "is_inside",
     "launch",
+    "launch_bin",
     "load_gst",
     "pixel_aspect",
     "require_elements",
@@ -45,18 +48,21 @@ _INSTALL = f'On Debian, Ubuntu and JetPack: {_APT_LINE}. On macOS and Windows: p
 
 _PACKAGE_OF = {
     "gstreamer1.0-plugins-base": (
-        "appsink appsrc decodebin playbin uridecodebin videoconvert videoscale videotestsrc typefind"
+        "appsink appsrc decodebin parsebin playbin uridecodebin videoconvert videoscale videotestsrc typefind"
     ),
     "gstreamer1.0-plugins-good": (
         "avidemux capssetter imagefreeze jpegdec jpegenc matroskademux matroskamux mp4mux pngdec pngenc qtdemux rtph264depay "
         "rtspsrc v4l2src videoflip vp8enc"
     ),
-    "gstreamer1.0-plugins-bad": "h264parse h265parse openh264dec openh264enc",
+    "gstreamer1.0-plugins-bad": "errorignore h264parse h265parse openh264dec openh264enc",
     "gstreamer1.0-plugins-ugly": "x264enc",
     "gstreamer1.0-libav": "avdec_h264 avdec_h265",
-    "libgstreamer1.0-0": "capsfilter filesink filesrc identity queue",
-    "nvidia-l4t-gstreamer (JetPack only)": "nvarguscamerasrc nvv4l2decoder nvvidconv",
+    "libgstreamer1.0-0": "capsfilter filesink filesrc identity queue tee",
+    "nvidia-l4t-gstreamer (JetPack only)": "nvarguscamerasrc nvv4l2decoder nvv4l2h264enc nvvidconv",
 }
+
+# Bins whose name begins so hold side branches (see `branches`).
+BRANCH_PREFIX = "branch-"
 
 _lock = threading.Lock()
 
@@ -195,15 +201,41 @@ def launch(description: str) -> Any:
         ) from error
 
 
+def launch_bin(description: str) -> Any:
+    """Build a bin from gst-launch's language, with a pad for each that its elements left open.
+
+    Raises:
+        UsageError: GStreamer can't build it; the text is GStreamer's.
+    """
+    gst = load_gst()
+    from gi.repository import GLib
+
+    try:
+        return gst.parse_bin_from_description(description, True)
+    except GLib.Error as error:
+        raise UsageError(f"GStreamer can't build the branch: {error.message}.", fix=f"It was: {description}") from error
+
+
+def is_inside(element: Any, prefix: str) -> bool:
+    """Whether an element lies in a bin whose name begins so, or is one."""
+    while element is not None:
+        if element.get_name().startswith(prefix):
+            return True
+        element = element.get_parent()
+    return False
+
+
 def first_error(bus: Any) -> Any | None:
     """Take everything off the bus and return the oldest ERROR message, or None.
 
-    The oldest is the cause; those behind it ("Internal data stream error.") are its consequences.
+    The oldest is the cause; those behind it ("Internal data stream error.") are its consequences. What a side branch reports
+    is no error of the source's.
     """
     gst = load_gst()
     found = None
     while (message := bus.pop_filtered(gst.MessageType.ERROR)) is not None:
-        found = found or message
+        if found is None and not is_inside(message.src, BRANCH_PREFIX):
+            found = message
     return found
 
 
@@ -226,7 +258,10 @@ def state_colorimetry(setter: Any, matrix: str | None) -> None:
     def on_event(pad: Any, info: Any) -> Any:
         event = info.get_event()
         if event.type == gst.EventType.CAPS:
-            stream = GstVideo.VideoInfo.new_from_caps(event.parse_caps())
+            caps = event.parse_caps()
+            if not caps.get_structure(0).get_name().startswith("video/"):  # a file of sound alone reaches this, too
+                return gst.PadProbeReturn.OK
+            stream = GstVideo.VideoInfo.new_from_caps(caps)
             if stream.finfo.flags & GstVideo.VideoFormatFlags.YUV:
                 own = stream.colorimetry
                 said = (own.range, own.matrix if forced is None else forced, own.transfer, own.primaries)

@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
+from keepsight.streams.branches import BRANCH_ELEMENTS, Branch, Place, attach, encoder
 from keepsight.streams.errors import UsageError
 from keepsight.streams.gst import has_element, launch, load_gst, require_elements, state_colorimetry
 from keepsight.streams.uri import Option, SourceURI
 from keepsight.streams.view import Colorimetry, Scaler, View
 
-__all__ = ["Delivery", "Recipe", "build", "recipe_for", "recipe_for_pictures"]
+__all__ = ["Branch", "Delivery", "Piece", "Recipe", "build", "recipe_for", "recipe_for_pictures"]
 
 Delivery = Literal["every", "newest", "newest-in-time"]
 
 # Names of the elements that the capture looks up.
 FRAMES, TAP, ORIGIN, DECODER, COLOURS = "frames", "tap", "origin", "decoder", "colours"
+# And of the tees that branches hang on.
+CODED, DECODED = "coded", "decoded"
 
 _CSI_DEFAULTS: Mapping[str, Option] = {"width": 1280, "height": 720, "fps": Fraction(30)}
 _RTSP_LATENCY_MS = 200
+
+
+Stage = Literal["origin", "parse", "decode", "to-host", "tail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a pipeline.
+
+    Attributes:
+        stage: `origin` brings the stream in; `parse` cuts it into coded pictures; `decode` makes raw video of them; `to-host`
+            brings that from a device's memory into the host's; `tail` scales, converts and hands out.
+        launch: its elements in gst-launch's language.
+        elements: what must be installed.
+    """
+
+    stage: Stage
+    launch: str
+    elements: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +50,40 @@ class Recipe:
     """A pipeline, not built yet.
 
     Attributes:
-        launch: gst-launch's language. No text of the user's is in it: that would need quoting.
-        elements: what must be installed.
+        pieces: its parts, in the order of the stream. No text of the user's is in them: that would need quoting.
         origin: properties to set on the source element.
         colorimetry: the matrix to read YUV with; None for the stream's own.
+        places: side branches, and where they hang.
     """
 
-    launch: str
-    elements: tuple[str, ...]
+    pieces: tuple[Piece, ...]
     origin: Mapping[str, Any] = field(default_factory=dict)
     colorimetry: Colorimetry | None = None
+    places: tuple[Place, ...] = ()
+
+    @property
+    def launch(self) -> str:
+        """The pipeline in gst-launch's language, without its branches."""
+        return " ! ".join(piece.launch for piece in self.pieces)
+
+    @property
+    def elements(self) -> tuple[str, ...]:
+        """What must be installed, for the branches too."""
+        needed = [name for piece in self.pieces for name in piece.elements]
+        for place in self.places:
+            needed += [*BRANCH_ELEMENTS, *place.elements]
+        return tuple(dict.fromkeys(needed))
 
 
-def recipe_for(uri: SourceURI, view: View, delivery: Delivery) -> Recipe:
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What brings a kind of source in, up to raw video in host memory."""
+
+    pieces: tuple[Piece, ...]
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+def recipe_for(uri: SourceURI, view: View, delivery: Delivery, branches: Sequence[Branch] = ()) -> Recipe:
     """Say how to read a source.
 
     Args:
@@ -48,17 +91,18 @@ def recipe_for(uri: SourceURI, view: View, delivery: Delivery) -> Recipe:
         view: size and shape of the pictures.
         delivery: `every` frame as fast as it is read, waiting for the reader; the `newest` as soon as it is there;
             or the `newest-in-time`, each when its time has come.
+        branches: what hangs on the stream beside the frames. Without any, the pipeline has no tee.
     """
     head = _HEADS[uri.kind](uri, delivery)
-    tail, tail_elements = _tail(view, delivery, live=delivery == "newest")
-    return Recipe(f"{head.launch} ! {tail}", head.elements + tail_elements, head.origin, view.colorimetry)
+    places, pieces = _places(head.pieces, branches)
+    return Recipe((*pieces, _tail(view, delivery, live=delivery == "newest")), head.origin, view.colorimetry, places)
 
 
 def recipe_for_pictures(width: int, height: int, view: View) -> Recipe:
     """Say how to scale RGB pictures of width x height that are pushed into the element `ORIGIN`."""
     caps = f"video/x-raw,format=RGB,width={width},height={height},framerate=1/1,pixel-aspect-ratio=1/1"
-    tail, elements = _tail(view, "every", live=False)
-    return Recipe(f"appsrc name={ORIGIN} format=time caps={caps} ! {tail}", ("appsrc", *elements))
+    origin = Piece("origin", f"appsrc name={ORIGIN} format=time caps={caps}", ("appsrc",))
+    return Recipe((origin, _tail(view, "every", live=False)))
 
 
 def build(recipe: Recipe) -> Any:
@@ -73,6 +117,7 @@ def build(recipe: Recipe) -> Any:
     for name, value in recipe.origin.items():
         origin.set_property(name, value)
     state_colorimetry(pipeline.get_by_name(COLOURS), recipe.colorimetry)
+    attach(pipeline, recipe.places)
     return pipeline
 
 
@@ -87,12 +132,12 @@ def test_patterns() -> list[str]:
     return [value.value_nick for value in values]
 
 
-def _file(uri: SourceURI, delivery: Delivery) -> Recipe:
-    decoding, elements = _decoding()
-    return Recipe(f"filesrc name={ORIGIN} ! {decoding}", ("filesrc", *elements), {"location": uri.location})
+def _file(uri: SourceURI, delivery: Delivery) -> _Head:
+    origin = Piece("origin", f"filesrc name={ORIGIN}", ("filesrc",))
+    return _Head((origin, *_decoding()), {"location": uri.location})
 
 
-def _test(uri: SourceURI, delivery: Delivery) -> Recipe:
+def _test(uri: SourceURI, delivery: Delivery) -> _Head:
     known = test_patterns()
     if uri.location not in known:
         raise UsageError(f"test://{uri.location} is not a test pattern.", fix=f"Use one of: {', '.join(known)}.")
@@ -103,39 +148,32 @@ def _test(uri: SourceURI, delivery: Delivery) -> Recipe:
         f"videotestsrc name={ORIGIN} is-live={live} pattern={uri.location} num-buffers={frames} "
         f"! {_raw_caps('video/x-raw,format=I420', options)}"
     )
-    return Recipe(launch, ("videotestsrc",))
+    return _Head((Piece("origin", launch, ("videotestsrc",)),))
 
 
-def _v4l2(uri: SourceURI, delivery: Delivery) -> Recipe:
-    decoding, elements = _decoding()
-    caps = f"capsfilter caps={_raw_caps('video/x-raw', uri.options)};{_raw_caps('image/jpeg', uri.options)} ! "
-    chosen = caps if uri.options else ""
-    origin = {"device": uri.location}
-    return Recipe(f"v4l2src name={ORIGIN} ! {chosen}{decoding}", ("v4l2src", *elements), origin)
+def _v4l2(uri: SourceURI, delivery: Delivery) -> _Head:
+    caps = f" ! capsfilter caps={_raw_caps('video/x-raw', uri.options)};{_raw_caps('image/jpeg', uri.options)}"
+    origin = Piece("origin", f"v4l2src name={ORIGIN}{caps if uri.options else ''}", ("v4l2src",))
+    return _Head((origin, *_decoding()), {"device": uri.location})
 
 
-def _csi(uri: SourceURI, delivery: Delivery) -> Recipe:
+def _csi(uri: SourceURI, delivery: Delivery) -> _Head:
     caps = _raw_caps("video/x-raw(memory:NVMM)", {**_CSI_DEFAULTS, **uri.options})
-    launch = (
-        f"nvarguscamerasrc name={ORIGIN} sensor-id={int(uri.location)} ! {caps} ! nvvidconv ! video/x-raw,format=I420"
-    )
-    return Recipe(launch, ("nvarguscamerasrc", "nvvidconv"))
+    launch = f"nvarguscamerasrc name={ORIGIN} sensor-id={int(uri.location)} ! {caps}"
+    to_host = Piece("to-host", "nvvidconv ! video/x-raw,format=I420", ("nvvidconv",))
+    return _Head((Piece("origin", launch, ("nvarguscamerasrc",)), to_host))
 
 
-def _rtsp(uri: SourceURI, delivery: Delivery) -> Recipe:
-    decoding, elements = _decoding()
+def _rtsp(uri: SourceURI, delivery: Delivery) -> _Head:
     latency = uri.options.get("latency", _RTSP_LATENCY_MS)
     # TCP unless asked otherwise: a lost packet smears the picture until the next key frame.
     transport = uri.options.get("transport", "tcp")
-    launch = (
-        f"rtspsrc name={ORIGIN} latency={latency} drop-on-latency=true protocols={transport} "
-        f"! application/x-rtp,media=video ! {decoding}"
-    )
-    origin = {"location": uri.location}
+    launch = f"rtspsrc name={ORIGIN} latency={latency} drop-on-latency=true protocols={transport} ! application/x-rtp,media=video"
+    properties = {"location": uri.location}
     if uri.user is not None:
-        origin["user-id"] = uri.user
-        origin["user-pw"] = uri.password or ""
-    return Recipe(launch, ("rtspsrc", *elements), origin)
+        properties["user-id"] = uri.user
+        properties["user-pw"] = uri.password or ""
+    return _Head((Piece("origin", launch, ("rtspsrc",)), *_decoding()), properties)
 
 
 _HEADS = {"file": _file, "test": _test, "v4l2": _v4l2, "csi": _csi, "rtsp": _rtsp}
@@ -152,16 +190,45 @@ def _raw_caps(media: str, options: Mapping[str, Option]) -> str:
     return caps
 
 
-def _decoding() -> tuple[str, tuple[str, ...]]:
-    decoding = f"decodebin name={DECODER}"
+def _decoding() -> tuple[Piece, ...]:
+    decode = Piece("decode", f"decodebin name={DECODER}", ("decodebin",))
     if not has_element("nvvidconv"):
-        return decoding, ("decodebin",)
+        return (decode,)
     # A Jetson's decoders leave pictures in device memory and its software decoders do not. nvvidconv takes both, but
     # one of its ends must be in device memory: so once in, and once out.
-    return f"{decoding} ! nvvidconv ! video/x-raw(memory:NVMM) ! nvvidconv ! video/x-raw", ("decodebin", "nvvidconv")
+    return decode, Piece("to-host", "nvvidconv ! video/x-raw(memory:NVMM) ! nvvidconv ! video/x-raw", ("nvvidconv",))
 
 
-def _tail(view: View, delivery: Delivery, *, live: bool) -> tuple[str, tuple[str, ...]]:
+# Coded video that can be handed on as it is. Anything else that a demuxer finds, such as sound, is left where it is.
+_CODED_CAPS = ";".join(
+    ("video/x-h264", "video/x-h265", "image/jpeg", "video/x-vp8", "video/x-vp9", "video/x-av1", "video/mpeg", "video/x-h263")
+)
+
+
+def _places(pieces: tuple[Piece, ...], branches: Sequence[Branch]) -> tuple[tuple[Place, ...], tuple[Piece, ...]]:
+    """Put tees between the pieces of a head, and say which branch hangs on which."""
+    wanted = {branch.point for branch in branches}
+    decoders = [index for index, piece in enumerate(pieces) if piece.stage == "decode"]
+    # What v4l2src gives is raw or JPEG, which shows only when it runs: its pictures are encoded, like those of what is raw.
+    is_coded = bool(decoders) and "v4l2src" not in pieces[0].elements
+    lead, lead_elements = encoder() if "coded" in wanted and not is_coded else ("", ())
+    parted = list(pieces)
+    if "decoded" in wanted or lead:
+        parted.append(Piece(parted[-1].stage, f"tee name={DECODED}", ("tee",)))
+    if "coded" in wanted and is_coded:
+        # The capture asks the element DECODER which streams there are: that is now the parser.
+        parse = f"parsebin name={DECODER} ! capsfilter caps={_CODED_CAPS} ! tee name={CODED}"
+        decode = Piece("decode", "decodebin", ("decodebin",))
+        parted[decoders[0] : decoders[0] + 1] = [Piece("parse", parse, ("parsebin", "capsfilter", "tee")), decode]
+    places = []
+    for branch in branches:
+        encoded = branch.point == "coded" and not is_coded
+        tee = DECODED if encoded or branch.point == "decoded" else CODED
+        places.append(Place(branch, tee, lead, lead_elements) if encoded else Place(branch, tee))
+    return tuple(places), tuple(parted)
+
+
+def _tail(view: View, delivery: Delivery, *, live: bool) -> Piece:
     caps, scale, elements = "video/x-raw,format=RGB", "", ["capssetter", "queue", "videoconvert", "videoflip", "appsink"]
     if view.size is not None and not view.scales_in_software:
         width, height = view.size
@@ -179,7 +246,7 @@ def _tail(view: View, delivery: Delivery, *, live: bool) -> tuple[str, tuple[str
     # videoflip turns pictures of a phone held upright; the videoconvert before it is idle unless videoflip does not
     # know the format.
     launch = f"capssetter name={COLOURS} ! {head} ! videoflip video-direction=auto ! {scale}{exact}videoconvert ! {caps} ! {sink}"
-    return launch, tuple(elements)
+    return Piece("tail", launch, tuple(elements))
 
 
 # GStreamer's names of its scalers. Those with several taps take as many more as the picture gets smaller: they antialias.
