@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-environment lint test results restart-test flatness memory-study int8-table full-size clean
+.PHONY: help setup demo test-environment lint test results restart-test flatness memory-study int8-table full-size fault-table soak frame-age clean
 
 # Settings of this machine that should outlast one command, as `export NAME := value`; not under version control.
 -include local.mk
@@ -24,6 +24,9 @@ help:
 	@echo "make flatness time and memory over 100,000 frames again (about 30 minutes)"
 	@echo "make memory-study measure how long memories hold, and what glitch frames do to them (about 15 minutes)"
 	@echo "make int8-table quantise keepsight-tiny to 8 bits, and measure what that saves and costs (about 6 minutes)"
+	@echo "make fault-table kill, freeze and restart cameras, damage files: what is shown, how soon, how soon frames are back (about 2 minutes)"
+	@echo "make soak    lose a camera over and over for an hour (ARGS='--minutes 5'): file descriptors, threads, resident memory"
+	@echo "make frame-age how old live 720p30 frames are in a fast and in a slow reader's hand (about 1 minute)"
 	@echo "make full-size export models of full size with random weights (30 GB of disk, 16 GB of memory, about 45 minutes)"
 	@echo "make clean   remove .venv and everything built (not the cache of llama.cpp wheels)"
 	@echo
@@ -62,6 +65,15 @@ int8-table: test-environment
 
 full-size: test-environment
 	@.venv/bin/python scripts/full-size
+
+fault-table: test-environment
+	@.venv/bin/python scripts/fault-table $(ARGS)
+
+soak: test-environment
+	@.venv/bin/python scripts/soak $(ARGS)
+
+frame-age: test-environment
+	@.venv/bin/python scripts/frame-age $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -35,7 +35,7 @@ from keepsight.runtime.qformer import Prompt, QFormer, SoftPrompt, StandingQuest
 from keepsight.runtime.ranking import Ranking, checked_options
 from keepsight.runtime.snapshot import Array, Part, Question, SavedFrame, Snapshot, fingerprint
 from keepsight.runtime.timeline import Clock, Interval, remembered, seen_within, wall_time_of
-from keepsight.streams import Frame, Source
+from keepsight.streams import Frame, LiveSource, Source
 from keepsight.streams.errors import BundleError, EngineError, KeepsightError, NoFrameError, UsageError
 
 
@@ -502,7 +502,7 @@ class Session:
         if self._concat:
             raise UsageError("the memory concat can't be saved or restored: it keeps every frame.", fix="Use mbc.")
 
-    def continued(self, source: Source) -> Iterator[Frame]:
+    def continued(self, source: Source | LiveSource) -> Iterator[Frame]:
         """Frames of a source in this memory's time, which never goes back (see `resume`).
 
         A camera goes on behind the newest frame, as far behind it as it was captured after it. The file that a restored
@@ -573,7 +573,7 @@ class Session:
 
     # -- live ------------------------------------------------------------------------------------------------------
 
-    def watch(self, source: Source, *, on_frame: Callable[[Frame], None] | None = None) -> Watcher:
+    def watch(self, source: Source | LiveSource, *, on_frame: Callable[[Frame], None] | None = None) -> Watcher:
         """Watch a source on a thread of its own until it ends or the session closes; ask meanwhile."""
         if self._concat:
             raise UsageError(
@@ -601,7 +601,7 @@ class Session:
 class Watcher:
     """The capture thread: reads a source into a session. An error in it is raised where somebody waits for frames."""
 
-    def __init__(self, session: Session, source: Source, on_frame: Callable[[Frame], None] | None) -> None:
+    def __init__(self, session: Session, source: Source | LiveSource, on_frame: Callable[[Frame], None] | None) -> None:
         self.source = source
         self._session, self._on_frame = session, on_frame
         self._changed = threading.Condition()

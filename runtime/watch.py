@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import random
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
 import typer
 
+from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.moments import read_line
 from keepsight.runtime.session import Session, Watcher
 from keepsight.runtime.show import notes
 from keepsight.runtime.timeline import wall_time_of
-from keepsight.streams import Frame, Source
-from keepsight.streams.errors import KeepsightError, NoFrameError, SourceLostError, SourceNotFoundError, UsageError
-
-RETRY_S = (0.5, 10.0)  # first and longest pause before a camera is tried again
+from keepsight.streams import Event, Frame, LiveSource, Reconnect, Source, SourceURI
+from keepsight.streams.errors import NoFrameError, UsageError
+from keepsight.streams.events import State
 
 
 def watch_until(session: Session, source: Source, until_s: float | None) -> None:
@@ -42,7 +41,7 @@ def converse(session: Session, uri: str) -> None:
     typer.echo(f"Watching {camera.source.uri}. Type a question, or /since 2h QUESTION, /at, /between; Ctrl-D leaves.", err=True)
     try:
         while True:
-            line = _read_line(interactive)
+            line = _read_line("> " if camera.state == "live" else f"({camera.state}) > ") if interactive else _next_line()
             camera.check()
             if line is None:
                 break
@@ -54,12 +53,14 @@ def converse(session: Session, uri: str) -> None:
         camera.close()
 
 
-def _read_line(interactive: bool) -> str | None:
-    if interactive:
-        try:
-            return input("> ")
-        except EOFError:
-            return None
+def _read_line(prompt: str) -> str | None:
+    try:
+        return input(prompt)
+    except EOFError:
+        return None
+
+
+def _next_line() -> str | None:
     return sys.stdin.readline() or None
 
 
@@ -77,77 +78,100 @@ def _reply(session: Session, question: str) -> None:
 
 
 class Camera:
-    """A source that is watched by a session and opened again whenever it is lost; a file plays once, in real time.
+    """A source that is watched by a session: a camera is kept up however often it is lost; a file plays once, in real time.
+
+    What happens to a camera is told on standard error, a line for each change of its state.
 
     Args:
         on_frame: called on the capture thread after each frame that the session has seen.
     """
 
-    def __init__(self, session: Session, uri: str, *, on_frame: Callable[[Frame], None] | None = None) -> None:
-        self._session, self._uri, self._on_frame = session, uri, on_frame
-        self._dropped_before = 0
-        self._pause_s = RETRY_S[0]
-        self._watcher: Watcher | None = None
-        self.source = self._open()
+    def __init__(
+        self,
+        session: Session,
+        uri: str,
+        *,
+        on_frame: Callable[[Frame], None] | None = None,
+    ) -> None:
+        self.source: Source | LiveSource
+        if SourceURI.parse(uri).is_camera:
+            self.source = live_source(session.bundle, uri, on_event=StateLines(partial(typer.echo, err=True)))
+        else:
+            self.source = session.source(uri, realtime=True)
+        self._watcher: Watcher = session.watch(self.source, on_frame=on_frame)
 
     def wait(self) -> None:
         """Wait for the first frame; a camera that is not there yet is tried until it is.
 
         Raises:
-            KeepsightError: a file that can't be played; an address that makes no sense.
+            KeepsightError: a file that can't be played; an address that makes no sense; something that is not installed.
         """
         while True:
-            assert self._watcher is not None
             try:
                 self._watcher.wait(timeout_s=15.0)
                 return
-            except (SourceNotFoundError, NoFrameError, SourceLostError) as error:
-                self._again(error)
+            except NoFrameError:
+                if not (self.source.uri.is_camera and self._watcher.running):
+                    raise
 
     def check(self) -> None:
-        """Open the source again if it was lost; the memory is kept.
+        """Raise what stopped the source, if it is not to be tried again.
 
         Raises:
-            KeepsightError: what stopped a file, other than its end.
+            KeepsightError: what stopped a file, other than its end; what no camera mends.
         """
-        assert self._watcher is not None
-        try:
-            self._watcher.check()
-        except (SourceNotFoundError, NoFrameError, SourceLostError) as error:
-            self._again(error)
+        self._watcher.check()
 
     @property
     def ended(self) -> bool:
         """Whether a file has been played to its end."""
-        return self._watcher is not None and self._watcher.ended
+        return self._watcher.ended
+
+    @property
+    def state(self) -> State:
+        """Of a camera: `connecting`, `live`, `stalled` or `lost`. A file is always `live`."""
+        return self.source.state if isinstance(self.source, LiveSource) else "live"
 
     @property
     def dropped(self) -> int:
         """Frames that a newer one replaced before they were seen."""
-        return self._dropped_before + self.source.dropped
+        return self.source.dropped
 
     def close(self) -> None:
-        if self._watcher is not None:
-            self._watcher.close()
+        self._watcher.close()
 
-    def _open(self) -> Source:
-        source = self._session.source(self._uri, realtime=True)
-        self._watcher = self._session.watch(source, on_frame=self._on_frame)
-        return source
 
-    def _again(self, error: KeepsightError) -> None:
-        """Open the source anew, after a pause; a camera that is unplugged is waited for."""
-        while self.source.uri.is_camera:
-            typer.echo(f"{error} Trying again in {self._pause_s:.1f} s.", err=True)
-            self.close()
-            time.sleep(self._pause_s * random.uniform(0.8, 1.2))
-            self._pause_s = min(2 * self._pause_s, RETRY_S[1])
-            dropped = self.dropped
-            try:
-                self.source = self._open()
-            except SourceNotFoundError as absent:
-                error = absent
-                continue
-            self._dropped_before = dropped
+class StateLines:
+    """Tells what happens to a camera, one line for each change; the same failure over and over is one line.
+
+    Args:
+        tell: called with each line.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell, self._told = tell, ("live", "")
+
+    def __call__(self, event: Event) -> None:
+        # The first connection and each further try say nothing that the loss did not.
+        what = (event.state, event.reason.split(" Next try in ")[0].removesuffix(" Trying again at once."))
+        if what == self._told or (event.state == "connecting" and not event.reason.startswith("no frame")):
             return
-        raise error
+        if event.state == "live" and event.reason.startswith("first frame") and self._told == ("live", ""):
+            return
+        self._told = what
+        self._tell(f"[{event.state}] {event.reason}")
+
+
+def live_source(bundle: Bundle, uri: str, *, on_event: Callable[[Event], None]) -> LiveSource:
+    """A camera as `Bundle.source` opens it, kept up: waited for at the start, and opened again when it is lost."""
+    wanted = bundle.manifest.preprocessing
+    return LiveSource(
+        uri,
+        size=(wanted.width, wanted.height),
+        aspect=wanted.aspect,
+        scaler=wanted.scaler,
+        colorimetry=wanted.colorimetry,
+        fps=bundle.manifest.sample_fps,
+        reconnect=Reconnect(at_start="wait"),
+        on_event=on_event,
+    )

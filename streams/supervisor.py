@@ -21,8 +21,10 @@ __all__ = ["Supervisor"]
 _LOOK_S = 0.05  # how often a connection is looked at
 _PROBE_S = 0.7  # between two looks at a port or a device that is not there
 _UNANSWERED_S = 1.0  # a first frame is usually there by then: after that it is worth asking whether the port is open
+_SAID_AFTER_S = 2.4  # whoever looks on should not have to wait for the end of a connection's time
 _SETTLED_S = 2.0  # a connection that lasted so long ends the growth of the pauses
 _TEARDOWN_S = 2.0
+_ANSWERS = {None: "", True: ": it accepts connections, and says nothing", False: ": it can't be reached"}
 
 
 class Supervisor:
@@ -166,6 +168,7 @@ class Supervisor:
         began = time.monotonic()
         edge = _Edge(self._uri)
         stalled_at: float | None = None
+        told = False
         while not self._due():
             arrivals, now = capture.arrivals, time.monotonic()
             if arrivals.last is not None:
@@ -184,6 +187,9 @@ class Supervisor:
                     return silence_of(self._uri, self._first_frame_s)
                 if now - began > _UNANSWERED_S and edge.rose(now):
                     return lost(self._uri, "it can be reached only now")
+                if now - began > _SAID_AFTER_S and not told:
+                    told = True
+                    self._log.add("connecting", f"no frame yet after {now - began:.1f} s{_ANSWERS[edge.here]}")
                 continue
             if now - began > _SETTLED_S:
                 self._backoff.settle()
@@ -269,13 +275,14 @@ class _Edge:
         self._uri = uri
         self._next = 0.0
         self._was_away = self._knows_all = False
+        self.here: bool | None = None  # at the last look
 
     def rose(self, now: float) -> bool:
         """Whether it came back since the last look. Looks are taken `_PROBE_S` apart, and only while it is away."""
         if self._knows_all or now < self._next:
             return False
         self._next = now + _PROBE_S
-        here = is_reachable(self._uri)
+        here = self.here = is_reachable(self._uri)
         self._knows_all = here is not False  # open from the start, or nothing to look at: the reason is another one
         back, self._was_away = bool(here) and self._was_away, here is False
         return back

@@ -31,7 +31,7 @@ from keepsight.runtime.standing import (
     follow_file,
     parse_question,
 )
-from keepsight.streams import Frame, write_video
+from keepsight.streams import Event, Frame, SourceURI, write_video
 from keepsight.streams.errors import SourceNotFoundError, UsageError
 
 from ..random_bundle import random_frames
@@ -251,8 +251,9 @@ def test_live_rounds_are_as_far_apart_as_offline(session: Session, clip: Path) -
     assert summary.frames > 2 and summary.answers == summary.rounds and 2 <= summary.rounds + summary.rounds_dropped <= 4
 
 
-def test_a_camera_that_is_lost_is_opened_again_and_time_goes_on(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "RETRY_S", (0.1, 0.2))
+def test_a_camera_that_is_lost_is_opened_again_and_time_goes_on(
+    session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
     session.forget()
     standing = StandingQuestions(session, [parse_question(f"{SEEN} [yes|no]")], lambda change: None, every_s=0.5)
     server = Path(__file__).parents[1] / "streams" / "rtsp_server.py"
@@ -265,24 +266,41 @@ def test_a_camera_that_is_lost_is_opened_again_and_time_goes_on(session: Session
             camera.kill()
     assert standing.summary.frames > 4 and session.time_s >= 3.0
     assert standing.summary.rounds >= 3
+    told = capsys.readouterr().err
+    assert "[lost] " in told and "the stream ended" in told and "[live] frames of 160x120 again" in told
 
 
 def test_a_camera_that_is_unplugged_is_waited_for(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that is gone is refused when it is opened, and not only when it is read."""
-    monkeypatch.setattr(watching, "RETRY_S", (0.05, 0.1))
     session.forget()
-    opened, honest = [], session.source
+    opened: list[SourceURI] = []
 
-    def plugged_again_at_the_third_try(uri: str, **options: Any) -> Any:
+    def plugged_again_at_the_fourth_try(uri: SourceURI) -> None:
         opened.append(uri)
         if len(opened) in (2, 3):
             raise SourceNotFoundError("there is no camera.")
-        return honest("test://ball?frames=4" if len(opened) == 1 else "test://ball", **options)
 
-    monkeypatch.setattr(session, "source", plugged_again_at_the_third_try)
+    monkeypatch.setattr("keepsight.streams.live.check_presence", plugged_again_at_the_fourth_try)
     standing = StandingQuestions(session, [parse_question(f"{SEEN} [yes|no]")], lambda change: None)
-    follow_camera(standing, "test://ball", until_s=1.5)
-    assert len(opened) == 4 and session.time_s >= 1.5
+    follow_camera(standing, "test://ball?frames=15", until_s=1.5)
+    assert len(opened) >= 4 and session.time_s >= 1.5
+
+
+def test_one_failure_over_and_over_is_told_once() -> None:
+    told: list[str] = []
+    tell = watching.StateLines(told.append)
+    lines = [
+        ("connecting", "started"), ("live", "first frame after 0.1 s"),  # as it should be: nothing to tell
+        ("lost", "it ended. Trying again at once."), ("connecting", "attempt 2"),
+        ("lost", "no camera. Next try in 0.2 s."), ("connecting", "attempt 3"), ("lost", "no camera. Next try in 0.5 s."),
+        ("connecting", "attempt 4"), ("connecting", "no frame yet after 2.4 s"), ("live", "frames again"),
+    ]  # fmt: skip
+    for t, (state, reason) in enumerate(lines):
+        tell(Event(float(t), state, reason))  # type: ignore[arg-type]
+    assert told == [
+        "[lost] it ended. Trying again at once.", "[lost] no camera. Next try in 0.2 s.",
+        "[connecting] no frame yet after 2.4 s", "[live] frames again",
+    ]  # fmt: skip
 
 
 def test_a_source_that_is_opened_again_goes_on_by_the_clock_of_its_captures() -> None:
