@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -193,7 +194,7 @@ def _read(segment: Segment) -> Iterator[_Picture]:
                 if buffer.pts == gst.CLOCK_TIME_NONE:
                     # More slices of the same picture: payloaders that put headers before each slice tear it apart.
                     if previous is not None:
-                        previous = replace(previous, buffer=previous.buffer.copy().append(buffer.copy()))
+                        previous = replace(previous, buffer=previous.buffer.copy().append(_slices(gst, buffer, previous.caps)))
                     continue
                 origin = buffer.pts if origin is None else origin
                 if previous is not None:
@@ -244,6 +245,17 @@ def _picture(gst: Any, sample: Any, start_s: float, origin: int) -> _Picture:
     length_s = 0.0 if buffer.duration == none else buffer.duration / gst.SECOND
     is_key = not buffer.has_flags(gst.BufferFlags.DELTA_UNIT)
     return _Picture(at_s, decoded_at_s, length_s, is_key, buffer, _format(sample.get_caps()))
+
+
+def _slices(gst: Any, buffer: Any, form: str) -> Any:
+    """A piece of a picture from its first slice on: headers in the middle of a picture would make a parser begin another one."""
+    data = buffer.extract_dup(0, buffer.get_size())
+    for start in re.finditer(rb"\0\0\1", data):
+        kind = data[start.end()] if start.end() < len(data) else 0
+        is_slice = kind & 31 in range(1, 6) if form.startswith("video/x-h264") else (kind >> 1 & 63) < 32
+        if is_slice:
+            return gst.Buffer.new_wrapped(data[start.start() :])
+    return gst.Buffer.new()
 
 
 def _format(caps: Any) -> str:
