@@ -12,11 +12,10 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from keepsight.streams.bicubic import scaled
-from keepsight.streams.branches import Branch
 from keepsight.streams.errors import KeepsightError, SourceUnreadableError
 from keepsight.streams.faults import fault_of, lost, silence_of, truncation_of
 from keepsight.streams.gst import BRANCH_PREFIX, is_inside, load_gst, pixel_aspect, sample_to_array
-from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Delivery, build, recipe_for
+from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Branch, Delivery, build, recipe_for
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.uri import SourceURI
 from keepsight.streams.view import View
@@ -94,7 +93,7 @@ class Capture:
         timeouts: when to give up.
         sampler: which frames to keep; asked before a frame is scaled, so that the others cost only their decoding.
             Not for a newest-wins delivery, where the reader decides.
-        branches: what hangs on the stream beside the frames. What goes wrong in one is no fault of the source.
+        branches: what hangs on the stream beside the frames.
 
     Raises:
         KeepsightError: the source can't be opened; which one, see `faults`.
@@ -197,7 +196,7 @@ class Capture:
         """Empty the bus, which would otherwise grow for as long as a stream plays, and keep its first error."""
         kinds = self._gst.MessageType
         while (message := self._bus.pop_filtered(kinds.ERROR | kinds.WARNING)) is not None:
-            if is_inside(message.src, BRANCH_PREFIX):
+            if is_inside(message.src, BRANCH_PREFIX):  # a branch's own affair
                 continue
             if message.type == kinds.WARNING:
                 self._warning = self._uri.redact(message.parse_warning()[0].message).rstrip(".")

@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import Literal
 
 from keepsight.streams.backoff import Reconnect
-from keepsight.streams.branches import Branch
 from keepsight.streams.capture import Arrivals, Capture, Picture, Timeouts
 from keepsight.streams.errors import KeepsightError, UsageError
 from keepsight.streams.events import Event, EventLog, State
 from keepsight.streams.frame import Frame, wall_time_of
+from keepsight.streams.pipelines import Branch
 from keepsight.streams.presence import check_presence
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.supervisor import Supervisor
@@ -59,7 +59,7 @@ class LiveSource(Iterator[Frame]):
             more, 2.9 intervals for slower ones. A connection is given up 1 s (or an interval) later.
         on_event: called with each `Event` as it happens, on another thread; it must return soon.
         on_loss: called likewise with the error of each connection that was lost or could not be made.
-        branches: what hangs on the stream of each connection beside the frames, such as a recorder's or a preview's.
+        branches: what hangs on the stream beside the frames, of each connection anew.
 
     Raises:
         UsageError: an address or an option that makes no sense; a file.
@@ -101,7 +101,7 @@ class LiveSource(Iterator[Frame]):
         self._log = EventLog(on_event=on_event)
         self._supervisor = Supervisor(
             self.uri,
-            _connector(self.uri, self._view, Timeouts(first_frame_timeout_s), tuple(branches)),
+            _connector(self.uri, self._view, Timeouts(first_frame_timeout_s), branches),
             self._log,
             reconnect=reconnect or Reconnect(),
             watchdog=Watchdog(stall_timeout_s, unknown_s=first_frame_timeout_s),
