@@ -250,7 +250,7 @@ def _picture(gst: Any, sample: Any, start_s: float, origin: int) -> _Picture:
 def _slices(gst: Any, buffer: Any, form: str) -> Any:
     """A piece of a picture from its first slice on: headers in the middle of a picture would make a parser begin another one."""
     data = buffer.extract_dup(0, buffer.get_size())
-    for start in re.finditer(rb"\0\0\1", data):
+    for start in re.finditer(rb"\x00\x00\x01", data):
         kind = data[start.end()] if start.end() < len(data) else 0
         is_slice = kind & 31 in range(1, 6) if form.startswith("video/x-h264") else (kind >> 1 & 63) < 32
         if is_slice:
