@@ -10,14 +10,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from keepsight.streams.errors import KeepsightError, SourceUnreadableError, UsageError
 from keepsight.streams.gst import first_error, launch, load_gst, require_elements
 from keepsight.streams.recorded import Segment, segments_in
 
-__all__ = ["Clip", "clip", "parse_moment"]
+__all__ = ["Clip", "add_clip", "clip", "parse_moment"]
 
 _MUXERS = {".mp4": "mp4mux", ".mkv": "matroskamux"}
 _DEMUXERS = {".ts": "tsdemux", ".mkv": "matroskademux"}
@@ -36,8 +39,8 @@ class Clip:
 
     Attributes:
         path: where it is.
-        start_s, end_s: when its first picture was captured and its last one ended, in seconds since 1970. A clip begins with a key
-            frame, so it may begin before it was asked to.
+        start_s, end_s: when its first picture was captured and its last one ended, in seconds since 1970. A clip begins with a
+            key frame, so it may begin before it was asked to.
         frames: pictures in it.
         gaps: times of more than 2 s within it of which nothing was recorded, as (start, end).
     """
@@ -108,6 +111,23 @@ def clip(folder: str | os.PathLike[str], start_s: float, end_s: float, out: str 
     finally:
         partial.unlink(missing_ok=True)
     return Clip(path, written.start_s, written.end_s, written.frames, tuple(written.gaps))
+
+
+def add_clip(group: typer.Typer) -> None:
+    """Add the command to the group `stream`."""
+
+    @group.command("clip")
+    def clip_command(
+        folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that was given to --record.")],
+        between: Annotated[tuple[str, str], typer.Option(metavar="START END", help="Two moments: 14:00 14:05, or ISO dates.")],
+        out: Annotated[Path, typer.Option(help="The .mp4 or .mkv to write.")],
+    ) -> None:
+        """Cut a clip out of a recording, as it was recorded: from the key frame before the start on."""
+        start_s, end_s = between
+        made = clip(folder, parse_moment(start_s), parse_moment(end_s), out)
+        typer.echo(f"{made.path}: {_text(made.start_s)} to {_text(made.end_s)}, {made.frames} pictures")
+        for gap in made.gaps:
+            typer.echo(f"nothing was recorded from {_text(gap[0])} to {_text(gap[1])}")
 
 
 def parse_moment(text: str, now_s: float | None = None) -> float:
@@ -230,7 +250,7 @@ def _on_pad(demuxer: Any, pad: Any) -> None:
         chain = [gst.ElementFactory.make(_PARSERS[media]), whole, sink]
     for element in reversed(chain):
         pipeline.add(element)
-    for element, following in zip(chain, chain[1:], strict=False):
+    for element, following in pairwise(chain):
         element.link(following)
     for element in reversed(chain):
         element.sync_state_with_parent()

@@ -93,7 +93,7 @@ class Camera:
 
     @property
     def drops(self) -> Counter[str]:
-        """Frames that came and were not handed over, by cause: those of `live.Drop`, and `over-budget`, beyond its `Budget.fps`."""
+        """Frames that came and were not handed over, by cause: `live.Drop`'s, and `over-budget`, beyond its `Budget.fps`."""
         drops = Counter(self._feed.drops)
         with self._ready.changed:
             # The feed can't know why it was not read: those that it counts from a pause are the budget's.
@@ -171,8 +171,8 @@ class Cameras(Iterator[Batch]):
 
     Each camera is a `LiveSource` with a thread and a pipeline of its own. What comes is handed out by start-time fair queueing
     (Goyal, Vin, Cheng 1996) of frames: of the cameras that have a new frame, the one whose share is used least is served first,
-    so that a camera of 1 frame/s is never behind more than one frame of each of the others, whatever their rates. Memory is bounded:
-    one frame of each camera waits, and a newer one takes its place.
+    so that a camera of 1 frame/s is never behind more than one frame of each of the others, whatever their rates. Memory is
+    bounded: one frame of each camera waits, and a newer one takes its place.
 
     The addresses are checked at once, the cameras are opened with the first batch asked for, or on entering a `with`. One thread
     takes batches; any thread may close.
@@ -184,7 +184,7 @@ class Cameras(Iterator[Batch]):
         budgets: of some cameras, by name; the others may give every frame, with weight 1.
         gather_s: how long to wait for more cameras once the first frame is there, for an encoder that is better at full batches.
         on_event: called with the camera's name and each `Event` of it, on another thread; it must return soon.
-        options: further arguments of each `LiveSource`; unless they say otherwise, a camera that is not there at the start is waited for.
+        options: further arguments of each `LiveSource`; unless they say otherwise, a camera that is not there is waited for.
         open_feed: makes what a camera is read from; by default a `LiveSource`.
 
     Raises:

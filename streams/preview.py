@@ -33,9 +33,9 @@ figure {{ display: inline-block; margin: 8px }} img {{ max-width: 100%; display:
 class Preview:
     """An HTTP server on a thread of its own: a page at `/`, `/stream/NAME` (MJPEG) and `/picture/NAME` (one JPEG).
 
-    Pictures are scaled and encoded once for all who look on, and only while somebody does. A slow client gets fewer pictures; nobody
-    ever waits for it. There is no authentication and no encryption: whoever reaches the port sees the camera, which is why it listens
-    on this machine alone unless asked otherwise.
+    Pictures are scaled and encoded once for all who look on, and only while somebody does. A slow client gets fewer pictures;
+    nobody ever waits for it. There is no authentication and no encryption: whoever reaches the port sees the camera, which is why
+    it listens on this machine alone unless asked otherwise.
 
     Args:
         port: 0 takes a free one.
@@ -76,7 +76,8 @@ class Preview:
             self._server = _Server((host, port), partial(_Handler, self))
         except OSError as error:
             raise UsageError(
-                f"the preview can't listen on {host}:{port}: {error.strerror or error}.", fix="Give another --preview [HOST:]PORT."
+                f"the preview can't listen on {host}:{port}: {error.strerror or error}.",
+                fix="Give another --preview [HOST:]PORT.",
             ) from error
         self.host, self.port = host, int(self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, name="keepsight-preview", daemon=True)
@@ -97,7 +98,8 @@ class Preview:
         view = self._views.setdefault(name, _View())
         # While nobody looks on, pictures end at the valve. (Behind it, videorate would make up for the time that it was closed.)
         launch = (
-            f"videorate drop-only=true max-rate={self._fps} ! valve name={_VALVE} drop=true ! videoscale add-borders=false ! videoconvert "
+            f"videorate drop-only=true max-rate={self._fps} ! valve name={_VALVE} drop=true "
+            "! videoscale add-borders=false ! videoconvert "
             f"! capsfilter caps=video/x-raw,format=I420,pixel-aspect-ratio=1/1,width=[2,{self._width}] "
             f"! jpegenc quality={self._quality} ! appsink name={_PICTURES} sync=false max-buffers=1 drop=true emit-signals=true"
         )
@@ -244,8 +246,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _page(self, names: list[str]) -> None:
         figures = "".join(
-            f'<figure><img src="/stream/{html.escape(name)}" alt="{html.escape(name)}"><figcaption>{html.escape(name)}</figcaption></figure>'
-            for name in names
+            f'<figure><img src="/stream/{name}" alt="{name}"><figcaption>{name}</figcaption></figure>'
+            for name in map(html.escape, names)
         )
         page = _PAGE.format(figures=figures).encode()
         self.send_response(HTTPStatus.OK)

@@ -27,9 +27,9 @@ _SEGMENTS_IN_LIMIT = 8
 _LEAST_BYTES = 100_000
 _ENTRY = "record"
 
-# MPEG-TS needs no index and no end: a file that breaks off plays up to there, and pictures that are shown in another order than they
-# are sent keep both times. It has H.264 and H.265; anything else (MJPEG, VP8...) goes into Matroska, which breaks off as well, and keeps
-# one time, enough for pictures that are never reordered. Fragmented MP4 lost the whole open segment at kill -9 (GStreamer 1.22).
+# MPEG-TS needs no index and no end: a file that breaks off plays up to there, and pictures that are shown in another order than
+# they are sent keep both times. It has H.264 and H.265; anything else (MJPEG, VP8...) goes into Matroska, which may break off, too,
+# and keeps one time, enough for pictures that are never reordered. Fragmented MP4 lost the whole open segment at kill -9 (1.22).
 _PARSERS = {"video/x-h264": "h264parse", "video/x-h265": "h265parse"}
 
 _log = logging.getLogger("keepsight.streams")
@@ -56,11 +56,10 @@ class Recorder:
     Nothing is encoded again where the source is H.264, H.265, MJPEG or another coded video; what comes raw (csi, v4l2, test) is
     encoded once, to H.264. Every connection to a camera starts a new segment, and each begins with a key frame.
 
-    A killed process loses what the last group of pictures (from one key frame to the next) had: splitmuxsink writes it at its end.
-    A source that is lost by its own end loses nothing; one that is closed, or given up because it hangs, that group too.
+    A killed process loses its last group of pictures (from one key frame to the next): splitmuxsink writes it at its end. A source that is lost by its own end loses nothing; one that is closed, or given up because it hangs, that group too.
 
-    When it can't write (a full disk, a folder that was deleted), it stops, says so once, and tries again with the next connection to
-    the source. The frames go on.
+    When it can't write (a full disk, a folder that was deleted), it stops, says so once, and tries again with the next
+    connection to the source. The frames go on.
 
     Args:
         folder: where to, made if need be. Only one recorder may write there.

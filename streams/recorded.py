@@ -47,7 +47,9 @@ def segments_in(folder: Path) -> list[Segment]:
     try:
         entries = list(folder.iterdir())
     except OSError as error:
-        raise SourceNotFoundError(f"{folder} is no recording: {error.strerror}.", fix="Name the folder given to --record.") from error
+        raise SourceNotFoundError(
+            f"{folder} is no recording: {error.strerror}.", fix="Name the folder given to --record."
+        ) from error
     found = [segment for path in entries if (segment := _segment(path)) is not None]
     return sorted(found, key=lambda segment: segment.number)
 

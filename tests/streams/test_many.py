@@ -28,9 +28,9 @@ class Always:
     """A camera that always has another frame: what is measured is the sharing, not this machine."""
 
     state: State = "live"
-    events: list[Event] = []
 
     def __init__(self, uri: str, **_: Any) -> None:
+        self.events: list[Event] = []
         self.drops: Counter[str] = Counter()
         self.given = 0
         self._closed = threading.Event()
