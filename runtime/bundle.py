@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.resources
 import importlib.util
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 from keepsight.runtime.manifest import LLMInfo, Manifest, read_manifest, sha256_of
 from keepsight.runtime.tokenizer import TextTokenizer
 from keepsight.streams import Source
+from keepsight.streams.branches import Branch
 from keepsight.streams.errors import BundleError, MissingModelError, UsageError
 
 __all__ = ["SHIPPED", "Bundle"]
@@ -70,13 +72,16 @@ class Bundle:
         self._check_variant(variant)
         return self.path / self.manifest.graphs[name].files[variant]
 
-    def source(self, uri: str | Path, *, fps: float | None = None, realtime: bool = False) -> Source:
+    def source(
+        self, uri: str | Path, *, fps: float | None = None, realtime: bool = False, branches: Sequence[Branch] = ()
+    ) -> Source:
         """Open a source of frames as the vision graph takes them: scaled and sampled as the manifest says.
 
         Args:
             uri: what `Source` takes.
             fps: another rate than the manifest's.
             realtime: let a file play at its own speed, as a camera.
+            branches: what hangs on the stream beside the frames.
 
         Raises:
             KeepsightError: what `Source` raises.
@@ -90,6 +95,7 @@ class Bundle:
             colorimetry=wanted.colorimetry,
             fps=fps or self.manifest.sample_fps,
             pace="realtime" if realtime else "auto",
+            branches=branches,
         )
 
     def precision(self, name: str) -> str:

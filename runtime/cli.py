@@ -28,6 +28,9 @@ from keepsight.runtime.options import (
     ModeName,
     OfflineMemoryName,
     OfflineMemoryOption,
+    PreviewOption,
+    RecordBytesOption,
+    RecordOption,
     SaveEveryOption,
     ScoreOption,
     SinceOption,
@@ -193,9 +196,13 @@ def run(
     feature_log: FeatureLogOption = None,
     log_every: LogEveryOption = 10.0,
     log_bytes: LogBytesOption = "2G",
+    preview: PreviewOption = None,
+    record: RecordOption = None,
+    record_bytes: RecordBytesOption = "2GB",
 ) -> None:
     """Watch live and answer what you type; Ctrl-C or Ctrl-D leaves."""
     from keepsight.runtime.keep import kept, parse_bytes
+    from keepsight.runtime.side import beside
     from keepsight.runtime.watch import converse
 
     _refuse_missing(source)
@@ -206,8 +213,9 @@ def run(
             session, source, snapshot=snapshot, save_every_s=save_every, kv=snapshot_kv,
             log=feature_log, log_every_s=log_every, log_bytes=budget,
         ),
+        beside(source, preview, record, record_bytes) as branches,
     ):  # fmt: skip
-        converse(session, source)
+        converse(session, source, branches=branches)
         _tell_gate(session)
 
 
@@ -228,9 +236,11 @@ def watch(
     backend: BackendOption = "cpu",
     cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
+    preview: PreviewOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Carry questions along and print an answer whenever it changes; Ctrl-C leaves with a summary."""
+    from keepsight.runtime.side import beside
     from keepsight.runtime.standing import StandingQuestions, follow_camera, follow_file, parse_question
 
     asked = [parse_question(spelling) for spelling in question]
@@ -243,7 +253,10 @@ def watch(
         frames = session.source(source)
         try:
             if realtime or frames.is_live:
-                follow_camera(standing, source, until_s=seconds)
+                with beside(source, preview, None) as branches:
+                    follow_camera(standing, source, until_s=seconds, branches=branches)
+            elif preview is not None:
+                raise UsageError("--preview of a file needs --realtime.", fix="Add --realtime.")
             else:
                 with frames:
                     follow_file(standing, frames, until_s=seconds)

@@ -36,6 +36,7 @@ from keepsight.runtime.ranking import Ranking, checked_options
 from keepsight.runtime.snapshot import Array, Part, Question, SavedFrame, Snapshot, fingerprint
 from keepsight.runtime.timeline import Clock, Interval, remembered, seen_within, wall_time_of
 from keepsight.streams import Frame, LiveSource, Source
+from keepsight.streams.branches import Branch
 from keepsight.streams.errors import BundleError, EngineError, KeepsightError, NoFrameError, UsageError
 
 
@@ -115,9 +116,11 @@ class Session:
         self._follows: Frame | None = None  # newest frame of a log that goes on
         self._position_s: float | None = None  # of a restored snapshot in its source, until a source is watched
 
-    def source(self, uri: str, *, realtime: bool = False, fps: float | None = None) -> Source:
+    def source(
+        self, uri: str, *, realtime: bool = False, fps: float | None = None, branches: Sequence[Branch] = ()
+    ) -> Source:
         """Open a source scaled and sampled as the bundle's manifest says; a file can play in real time as a camera."""
-        return self.bundle.source(uri, realtime=realtime, fps=fps)
+        return self.bundle.source(uri, realtime=realtime, fps=fps, branches=branches)
 
     # -- frames ----------------------------------------------------------------------------------------------------
 

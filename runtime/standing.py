@@ -21,6 +21,7 @@ from keepsight.runtime.ranking import Ranking, checked_options
 from keepsight.runtime.session import Session, Standing
 from keepsight.runtime.watch import Camera
 from keepsight.streams import Frame, Source
+from keepsight.streams.branches import Branch
 from keepsight.streams.errors import UsageError
 from keepsight.streams.sampling import Sampler
 
@@ -245,7 +246,9 @@ def follow_file(standing: StandingQuestions, source: Source, *, until_s: float |
         standing.ask(due=False)
 
 
-def follow_camera(standing: StandingQuestions, uri: str, *, until_s: float | None = None) -> None:
+def follow_camera(
+    standing: StandingQuestions, uri: str, *, until_s: float | None = None, branches: Sequence[Branch] = ()
+) -> None:
     """Watch live, or a file in real time, on a thread of its own, and ask on this one: frames never wait for an answer.
 
     Rounds are due at the same frames as offline. One that is due while another is being answered waits for it, and gives way
@@ -261,7 +264,7 @@ def follow_camera(standing: StandingQuestions, uri: str, *, until_s: float | Non
         if standing.due(frame):
             ready.set()
 
-    camera = Camera(session, uri, on_frame=seen)
+    camera = Camera(session, uri, on_frame=seen, branches=branches)
     try:
         camera.wait()
         while True:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import typer
@@ -14,6 +14,7 @@ from keepsight.runtime.session import Session, Watcher
 from keepsight.runtime.show import notes
 from keepsight.runtime.timeline import wall_time_of
 from keepsight.streams import Event, Frame, LiveSource, Reconnect, Source, SourceURI
+from keepsight.streams.branches import Branch
 from keepsight.streams.errors import NoFrameError, UsageError
 from keepsight.streams.events import State
 
@@ -33,10 +34,10 @@ def watch_until(session: Session, source: Source, until_s: float | None) -> None
         raise UsageError(f"{source!r} has no frame to ask about.")
 
 
-def converse(session: Session, uri: str) -> None:
+def converse(session: Session, uri: str, *, branches: Sequence[Branch] = ()) -> None:
     """Watch `uri` and answer the lines of standard input, until its end or Ctrl-C. A lost camera is tried again."""
     interactive = sys.stdin.isatty()
-    camera = Camera(session, uri)
+    camera = Camera(session, uri, branches=branches)
     camera.wait()
     typer.echo(f"Watching {camera.source.uri}. Type a question, or /since 2h QUESTION, /at, /between; Ctrl-D leaves.", err=True)
     try:
@@ -84,6 +85,7 @@ class Camera:
 
     Args:
         on_frame: called on the capture thread after each frame that the session has seen.
+        branches: what hangs on the stream beside the frames.
     """
 
     def __init__(
@@ -92,12 +94,13 @@ class Camera:
         uri: str,
         *,
         on_frame: Callable[[Frame], None] | None = None,
+        branches: Sequence[Branch] = (),
     ) -> None:
         self.source: Source | LiveSource
         if SourceURI.parse(uri).is_camera:
-            self.source = live_source(session.bundle, uri, on_event=StateLines(partial(typer.echo, err=True)))
+            self.source = live_source(session.bundle, uri, on_event=StateLines(partial(typer.echo, err=True)), branches=branches)
         else:
-            self.source = session.source(uri, realtime=True)
+            self.source = session.source(uri, realtime=True, branches=branches)
         self._watcher: Watcher = session.watch(self.source, on_frame=on_frame)
 
     def wait(self) -> None:
@@ -162,7 +165,9 @@ class StateLines:
         self._tell(f"[{event.state}] {event.reason}")
 
 
-def live_source(bundle: Bundle, uri: str, *, on_event: Callable[[Event], None]) -> LiveSource:
+def live_source(
+    bundle: Bundle, uri: str, *, on_event: Callable[[Event], None], branches: Sequence[Branch] = ()
+) -> LiveSource:
     """A camera as `Bundle.source` opens it, kept up: waited for at the start, and opened again when it is lost."""
     wanted = bundle.manifest.preprocessing
     return LiveSource(
@@ -174,4 +179,5 @@ def live_source(bundle: Bundle, uri: str, *, on_event: Callable[[Event], None]) 
         fps=bundle.manifest.sample_fps,
         reconnect=Reconnect(at_start="wait"),
         on_event=on_event,
+        branches=branches,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol
 
 from keepsight.streams.arrays import ArrayFile, is_array_file
+from keepsight.streams.branches import Branch
 from keepsight.streams.capture import Arrivals, Capture, Picture, Timeouts
 from keepsight.streams.errors import UsageError
 from keepsight.streams.frame import Frame, wall_time_of
@@ -62,6 +63,7 @@ class Source(Iterator[Frame]):
             pattern; `realtime` plays a file at its own speed, newest frame first.
         first_frame_timeout_s: seconds to wait for the first frame.
         stall_timeout_s: seconds to wait for each frame after it.
+        branches: what hangs on the stream beside the frames, such as a recorder's or a preview's; none on pictures and arrays.
 
     Raises:
         UsageError: an address or an option that makes no sense.
@@ -90,6 +92,7 @@ class Source(Iterator[Frame]):
         pace: Pace = "auto",
         first_frame_timeout_s: float = 10.0,
         stall_timeout_s: float = 5.0,
+        branches: Sequence[Branch] = (),
     ) -> None:
         self._lock = threading.Lock()
         self._closed = False
@@ -99,7 +102,7 @@ class Source(Iterator[Frame]):
         self._pace = pace
         self._delivery = _delivery(self.uri, pace)
         self._timeouts = Timeouts(first_frame_timeout_s, stall_timeout_s)
-        self._fps = fps
+        self._fps, self._branches = fps, tuple(branches)
         self._sampler = None if fps is None else Sampler(fps)
         self._stills = _present_stills(self.uri, self._view, self._timeouts)
         self._ahead: Picture | None = None
@@ -184,7 +187,7 @@ class Source(Iterator[Frame]):
         # A newest-wins reader is sampled here, on what is newest when it is asked; sampled earlier, the frame that
         # waits could be nearly 1/fps old.
         early = self._sampler if self._delivery == "every" else None
-        return Capture(self.uri, self._view, self._delivery, self._timeouts, early)
+        return Capture(self.uri, self._view, self._delivery, self._timeouts, early, self._branches)
 
     def _read(self) -> Picture | None:
         """The next picture that is wanted, its time counted from the stream's start."""
