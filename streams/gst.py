@@ -51,14 +51,15 @@ _PACKAGE_OF = {
         "appsink appsrc decodebin parsebin playbin uridecodebin videoconvert videoscale videotestsrc typefind"
     ),
     "gstreamer1.0-plugins-good": (
+        "rtph265depay rtpjitterbuffer rtpjpegdepay souphttpsrc udpsrc "
         "avidemux capssetter imagefreeze jpegdec jpegenc matroskademux matroskamux mp4mux pngdec pngenc qtdemux rtph264depay "
         "rtspsrc v4l2src videoflip vp8enc"
     ),
-    "gstreamer1.0-plugins-bad": "errorignore h264parse h265parse openh264dec openh264enc",
+    "gstreamer1.0-plugins-bad": "errorignore hlsdemux jpegparse h264parse h265parse openh264dec openh264enc",
     "gstreamer1.0-plugins-ugly": "x264enc",
     "gstreamer1.0-libav": "avdec_h264 avdec_h265",
     "libgstreamer1.0-0": "capsfilter filesink filesrc identity queue tee",
-    "nvidia-l4t-gstreamer (JetPack only)": "nvarguscamerasrc nvv4l2decoder nvv4l2h264enc nvvidconv",
+    "nvidia-l4t-gstreamer (JetPack only)": "nvarguscamerasrc nvjpegdec nvv4l2decoder nvv4l2h264enc nvvidconv",
 }
 
 # Bins whose name begins so hold side branches (see `branches`).
@@ -123,9 +124,7 @@ def _import_system_gi() -> None:
     extension = folder / f"_gi{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not extension.exists():
         raise _no_bindings(folder)
-    spec = importlib.util.spec_from_file_location(
-        "gi", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
+    spec = importlib.util.spec_from_file_location("gi", folder / "__init__.py", submodule_search_locations=[str(folder)])
     assert spec is not None and spec.loader is not None  # the location is a file: there is always a loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["gi"] = module
@@ -196,9 +195,7 @@ def launch(description: str) -> Any:
     try:
         return gst.parse_launch(description)
     except GLib.Error as error:
-        raise UsageError(
-            f"GStreamer can't build the pipeline: {error.message}.", fix=f"It was: {description}"
-        ) from error
+        raise UsageError(f"GStreamer can't build the pipeline: {error.message}.", fix=f"It was: {description}") from error
 
 
 def launch_bin(description: str) -> Any:
@@ -309,9 +306,7 @@ def sample_to_array(sample: Any) -> NDArray[np.uint8]:
         raise MemoryError("GStreamer could not map a video buffer into memory")
     try:
         # `memory.data` is a view with the distribution's bindings and a copy with PyPI's: both serve as a buffer.
-        view = np.ndarray(
-            (info.height, info.width, 3), np.uint8, buffer=memory.data, offset=offset, strides=(stride, 3, 1)
-        )
+        view = np.ndarray((info.height, info.width, 3), np.uint8, buffer=memory.data, offset=offset, strides=(stride, 3, 1))
         return view.copy()
     finally:
         # The view ends with this function: GStreamer reuses the memory as soon as it is unmapped.
