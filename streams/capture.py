@@ -263,7 +263,7 @@ class Capture:
         """Tell a source that is over from one that broke off: GStreamer reports both as the end."""
         if self._live:
             raise self._lost_by_end()
-        if self._uri.kind != "file":
+        if self._uri.kind not in ("file", "http"):
             return
         missing = self._shortfall()
         if missing is not None:

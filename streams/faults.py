@@ -28,6 +28,8 @@ _NO_ANSWER = {(_RESOURCE, code) for code in (9, 10)}
 _NO_TYPE, _WRONG_TYPE, _FAILED = (_STREAM, 4), (_STREAM, 5), (_STREAM, 1)
 _NO_DECODER = {(_STREAM, 6), ("gst-core-error-quark", 12)}
 
+PORTS = {"rtsp": 554, "rtsps": 322, "http": 80, "https": 443}
+
 _DECODERS = "apt-get install gstreamer1.0-libav gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly."
 _PLAYABLE = "Give an MP4, MKV, AVI or WebM video, or PNG or JPEG pictures."
 
@@ -54,6 +56,8 @@ def fault_of(uri: SourceURI, message: Any, *, delivered: bool, has_video: bool |
         return _file_fault(uri, code, reason, has_video=has_video)
     if uri.kind == "rtsp":
         return _rtsp_fault(uri, code, reason)
+    if uri.kind == "http":
+        return _http_fault(uri, code, reason, has_video=has_video)
     return _camera_fault(uri, code, reason)
 
 
@@ -72,7 +76,7 @@ def silence_of(uri: SourceURI, waited_s: float) -> NoFrameError:
     what = f"{uri} gave no frame within {waited_s:g} s"
     if not uri.is_camera:
         return NoFrameError(f"{what}.", fix="It may be damaged: try to play it elsewhere.")
-    if uri.kind == "rtsp":  # a host that swallows packets and a server that hangs look the same to rtspsrc
+    if uri.kind in ("rtsp", "http"):  # a host that swallows packets and a server that hangs look the same to GStreamer
         problem = _connection_problem(uri)
         what += ": it accepts connections, and says nothing" if problem is None else f": it can't be reached: {problem}"
     return NoFrameError(f"{what}.", fix="Check that it is playing, or wait longer for it.")
@@ -129,6 +133,20 @@ def _rtsp_fault(uri: SourceURI, code: tuple[str, int], reason: str) -> Keepsight
     return SourceUnreadableError(f"{uri} can't be played: {reason}.", fix="Try ?transport=udp or ?transport=tcp.")
 
 
+def _http_fault(uri: SourceURI, code: tuple[str, int], reason: str, *, has_video: bool | None) -> KeepsightError:
+    status = re.search(r"\((\d{3})\)", reason)
+    said = f"the server says {status[1]}" if status else reason
+    if code == _NOT_AUTHORIZED:
+        return RefusedError(f"{uri} refuses us: {said}.", fix="Write http://user:password@host/path.")
+    if code == _NOT_FOUND:
+        return SourceNotFoundError(f"{uri} is not there: {said}.", fix="Check the path.")
+    if code == _FAILED or code in _OPENING:  # whoever can't connect says no more than that reading failed
+        why = _connection_problem(uri)
+        if why is not None:
+            return SourceNotFoundError(f"{uri} can't be reached: {why}.", fix="Check the host, the port and the network.")
+    return _file_fault(uri, code, reason, has_video=has_video)
+
+
 def _no_decoder(uri: SourceURI, reason: str) -> SourceUnreadableError:
     # The reason ends with everything that is known of the stream; its type is what matters.
     kind = re.search(r"\b(?:video|image)/[\w-]+", reason)
@@ -140,7 +158,7 @@ def _connection_problem(uri: SourceURI) -> str | None:
     """Why a host can't be reached, in the system's words: rtspsrc says "Generic error" for everything."""
     address = urlsplit(uri.location)
     try:
-        socket.create_connection((address.hostname or "", address.port or 554), timeout=2).close()
+        socket.create_connection((address.hostname or "", address.port or PORTS.get(address.scheme, 554)), timeout=2).close()
     except OSError as error:
         return (error.strerror or str(error)).lower()
     except ValueError as error:  # a port out of range
