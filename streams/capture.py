@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from keepsight.streams.bicubic import scaled
 from keepsight.streams.errors import KeepsightError, SourceUnreadableError
 from keepsight.streams.faults import fault_of, lost, silence_of, truncation_of
-from keepsight.streams.gst import load_gst, pixel_aspect, sample_to_array
+from keepsight.streams.gst import BRANCH_PREFIX, is_inside, load_gst, pixel_aspect, sample_to_array
 from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Delivery, build, recipe_for
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.uri import SourceURI
@@ -189,6 +189,8 @@ class Capture:
         """Empty the bus, which would otherwise grow for as long as a stream plays, and keep its first error."""
         kinds = self._gst.MessageType
         while (message := self._bus.pop_filtered(kinds.ERROR | kinds.WARNING)) is not None:
+            if is_inside(message.src, BRANCH_PREFIX):  # a side branch's own affair
+                continue
             if message.type == kinds.WARNING:
                 self._warning = self._uri.redact(message.parse_warning()[0].message).rstrip(".")
             elif self._fault is None:  # those behind it ("Internal data stream error.") are its consequences
@@ -254,7 +256,7 @@ class Capture:
         """Tell a source that is over from one that broke off: GStreamer reports both as the end."""
         if self._live:
             raise self._lost_by_end()
-        if self._uri.kind != "file":
+        if self._uri.is_camera:
             return
         missing = self._shortfall()
         if missing is not None:
