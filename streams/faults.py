@@ -66,6 +66,8 @@ def lost(uri: SourceURI, reason: str) -> SourceLostError:
     fix = {
         "rtsp": "Check the camera and the network, then start again.",
         "v4l2": "Check the cable, then start again.",
+        "http": "Check the camera and the network, then start again.",
+        "rtp": "Check the sender and the network, then start again.",
         "csi": "Check the ribbon cable and nvargus-daemon, then start again.",
     }.get(uri.kind, "Start again.")
     return SourceLostError(f"{uri} is lost: {reason}.", fix=fix)
@@ -134,13 +136,13 @@ def _rtsp_fault(uri: SourceURI, code: tuple[str, int], reason: str) -> Keepsight
 
 
 def _http_fault(uri: SourceURI, code: tuple[str, int], reason: str, *, has_video: bool | None) -> KeepsightError:
-    status = re.search(r"\((\d{3})\)", reason)
-    said = f"the server says {status[1]}" if status else reason
     if code == _NOT_AUTHORIZED:
-        return RefusedError(f"{uri} refuses us: {said}.", fix="Write http://user:password@host/path.")
+        how = "Write http://user:password@host/path." if uri.password is None else "Check the user and the password."
+        return RefusedError(f"{uri} refuses us: {reason}.", fix=how)
     if code == _NOT_FOUND:
-        return SourceNotFoundError(f"{uri} is not there: {said}.", fix="Check the path.")
-    if code == _FAILED or code in _OPENING:  # whoever can't connect says no more than that reading failed
+        return SourceNotFoundError(f"{uri}: the server answers, but has no such path: {reason}.", fix="Check the path.")
+    # souphttpsrc says "Internal data stream error." of a server that is not there.
+    if code == _FAILED or code in _OPENING or code in _NO_ANSWER:
         why = _connection_problem(uri)
         if why is not None:
             return SourceNotFoundError(f"{uri} can't be reached: {why}.", fix="Check the host, the port and the network.")
@@ -155,7 +157,7 @@ def _no_decoder(uri: SourceURI, reason: str) -> SourceUnreadableError:
 
 
 def _connection_problem(uri: SourceURI) -> str | None:
-    """Why a host can't be reached, in the system's words: rtspsrc says "Generic error" for everything."""
+    """Why a host can't be reached, in the system's words: GStreamer's "Generic error" is for everything."""
     address = urlsplit(uri.location)
     try:
         socket.create_connection((address.hostname or "", address.port or PORTS.get(address.scheme, 554)), timeout=2).close()
