@@ -1,4 +1,4 @@
-"""`keepsight sources` and the commands of `keepsight stream`: which cameras this machine has, and which kinds of source it can read."""
+"""`keepsight sources`: which cameras this machine has, which kinds of source it can read; and the group `keepsight stream`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def cameras(devices: Path = Path("/sys/class/video4linux")) -> list[Camera]:
 
 def commands(app: typer.Typer) -> None:
     """Add this part's commands to the application."""
-    group = typer.Typer(help="Look at sources: their pipeline, their pictures, the cameras of this machine.", no_args_is_help=True)
+    group = typer.Typer(help="Look at sources: their pipelines, their pictures, this machine's cameras.", no_args_is_help=True)
     for add in (add_describe, add_probe):
         add(group)
     app.add_typer(group, name="stream")

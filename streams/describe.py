@@ -113,7 +113,7 @@ def add_describe(group: typer.Typer) -> None:
         uri: Annotated[str, typer.Argument(help="A path, file://, csi://, v4l2://, rtsp://, rtp://, http:// or test://.")],
         size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT of the frames, such as 224x224.")] = None,
         board: Annotated[str, typer.Option(help="What it is to run on: `this` machine, or a `jetson`.")] = "",
-        hardware_scaling: Annotated[bool, typer.Option("--hardware-scaling", help="Let a Jetson's video hardware scale.")] = False,
+        hardware_scaling: Annotated[bool, typer.Option("--hardware-scaling", help="Scale in a Jetson's video hardware.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     ) -> None:
         """Print the pipeline that reads a source, what is missing for it, and what is worth knowing. Nothing is opened."""
