@@ -12,6 +12,7 @@ import typer
 from keepsight.streams.describe import add_describe
 from keepsight.streams.errors import MissingComponentError
 from keepsight.streams.gst import debian_package, has_element, load_gst
+from keepsight.streams.listing import add_list
 from keepsight.streams.probe import add_probe
 
 __all__ = ["Camera", "cameras", "commands"]
@@ -56,7 +57,7 @@ def cameras(devices: Path = Path("/sys/class/video4linux")) -> list[Camera]:
 def commands(app: typer.Typer) -> None:
     """Add this part's commands to the application."""
     group = typer.Typer(help="Look at sources: their pipelines, their pictures, this machine's cameras.", no_args_is_help=True)
-    for add in (add_describe, add_probe):
+    for add in (add_describe, add_probe, add_list):
         add(group)
     app.add_typer(group, name="stream")
 
