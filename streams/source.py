@@ -16,7 +16,7 @@ from keepsight.streams.frame import Frame, wall_time_of
 from keepsight.streams.images import ImageFiles, image_paths
 from keepsight.streams.pipelines import Delivery
 from keepsight.streams.presence import check_presence
-from keepsight.streams.sampling import Sampler
+from keepsight.streams.sampling import ChangeSampler, Sampler, sampler_for
 from keepsight.streams.stills import Stills, StillSequence
 from keepsight.streams.uri import SourceURI
 from keepsight.streams.view import Aspect, Colorimetry, Conversion, Scaler, View
@@ -60,6 +60,10 @@ class Source(Iterator[Frame]):
         conversion: `exact` goes from YUV to RGB through 16 bits; `8-bit` is quicker, and 2 to 4 levels too dark.
         fps: frames wanted per second of the stream, the first at or after each `k / fps`; None is every frame.
             For pictures and `.npy` frames, of which every one is given, it is their rate, 1 by default.
+        every: each how manieth frame is wanted, the first one included; None is every one.
+        change: only frames that differ from the last one given by so many levels of luma, and one every 10 s of a scene that
+            stands still (see `sampling.ChangeSampler`). Only one of `fps`, `every` and `change` can be given.
+        hardware_scaling: let a Jetson's video hardware scale (see `view.View`).
         pace: `auto` plays what is live as live and files offline; `offline` gives every frame of a file or of a test
             pattern; `realtime` plays a file at its own speed, newest frame first.
         first_frame_timeout_s: seconds to wait for the first frame.
@@ -89,6 +93,9 @@ class Source(Iterator[Frame]):
         colorimetry: Colorimetry | None = None,
         conversion: Conversion = "exact",
         fps: float | None = None,
+        every: int | None = None,
+        change: float | None = None,
+        hardware_scaling: bool = False,
         pace: Pace = "auto",
         first_frame_timeout_s: float = 10.0,
         stall_timeout_s: float = 5.0,
@@ -97,12 +104,13 @@ class Source(Iterator[Frame]):
         self._closed = False
         self._reader: _Reader | None = None
         self.uri = SourceURI.parse(uri)
-        self._view = View(size, aspect, scaler, colorimetry, conversion)
+        self._view = View(size, aspect, scaler, colorimetry, conversion, hardware_scaling)
         self._pace = pace
         self._delivery = _delivery(self.uri, pace)
         self._timeouts = Timeouts(first_frame_timeout_s, stall_timeout_s)
         self._fps = fps
-        self._sampler = None if fps is None else Sampler(fps)
+        self._policy = (fps, every, change)
+        self._sampler = sampler_for(*self._policy)
         self._stills = _present_stills(self.uri, self._view, self._timeouts)
         self._ahead: Picture | None = None
         self._epoch_s: float | None = None
@@ -119,7 +127,7 @@ class Source(Iterator[Frame]):
 
     @property
     def dropped(self) -> int:
-        """Frames that a newer one replaced before they were read. Those that `fps` leaves out are not among them."""
+        """Frames that a newer one replaced before they were read. Those that a sampling policy leaves out are not."""
         return self._dropped + (0 if self._reader is None else self._reader.dropped)
 
     @property
@@ -188,7 +196,7 @@ class Source(Iterator[Frame]):
             return StillSequence(self._stills, fps=self._fps or 1.0, realtime=self._delivery != "every")
         # A newest-wins reader is sampled here, on what is newest when it is asked; sampled earlier, the frame that
         # waits could be nearly 1/fps old.
-        early = self._sampler if self._delivery == "every" else None
+        early = None if self._delivery != "every" or isinstance(self._sampler, ChangeSampler) else self._sampler
         return Capture(self.uri, self._view, self._delivery, self._timeouts, early)
 
     def _read(self) -> Picture | None:
@@ -204,10 +212,17 @@ class Source(Iterator[Frame]):
                 reader = self._begun_again()
                 continue
             picture = self._dated(picture)
-            chosen_already = self._delivery == "every" or self._stills is not None
-            if chosen_already or self._sampler is None or self._sampler.take(picture.time_s):
+            if self._wanted(picture):
                 return picture
         return None
+
+    def _wanted(self, picture: Picture) -> bool:
+        sampler = self._sampler
+        if isinstance(sampler, ChangeSampler):
+            return sampler.take_picture(picture.time_s, picture.image)
+        # Of pictures that lie ready, `fps` is the rate; a reader of every frame has sampled already.
+        chosen = isinstance(sampler, Sampler) if self._stills is not None else self._delivery == "every"
+        return chosen or sampler is None or sampler.take(picture.time_s)
 
     def _begun_again(self) -> _Reader | None:
         """A reader at the beginning, if the address asks for another round and the last one gave anything."""
@@ -222,7 +237,7 @@ class Source(Iterator[Frame]):
             self._reader = None
             if self._stills is not None:  # what was closed stays closed
                 self._stills = _present_stills(self.uri, self._view, self._timeouts)
-            self._sampler = None if self._fps is None else Sampler(self._fps)
+            self._sampler = sampler_for(*self._policy)
         self._rounds += 1
         self._offset_s, self._played_to_s = self._played_to_s, None
         return self._open()
@@ -257,11 +272,14 @@ def _delivery(uri: SourceURI, pace: Pace) -> Delivery:
 def _present_stills(uri: SourceURI, view: View, timeouts: Timeouts) -> Stills | None:
     """Refuse what is not there before GStreamer is asked, whose answers are vaguer; find pictures that lie ready."""
     check_presence(uri)
-    return _stills_at(Path(uri.location), view, timeouts) if uri.kind == "file" else None
+    return _stills_at(uri, view, timeouts) if uri.kind == "file" else None
 
 
-def _stills_at(path: Path, view: View, timeouts: Timeouts) -> Stills | None:
+def _stills_at(uri: SourceURI, view: View, timeouts: Timeouts) -> Stills | None:
+    path, flip = Path(uri.location), uri.options.get("flip")
     if is_array_file(path):
+        if flip is not None:
+            raise UsageError("flip= is not for frames of a .npy file.", fix="Turn the array: frames[:, ::-1, ::-1] for 180.")
         return ArrayFile(path, view, timeouts)
     images = image_paths(path)
-    return None if images is None else ImageFiles(images, view, timeouts)
+    return None if images is None else ImageFiles(images, view, timeouts, {} if flip is None else {"flip": flip})
