@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keepsight.streams.errors import MissingComponentError, UsageError
+from keepsight.streams.ring import FrameRing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -288,13 +289,18 @@ def pixel_aspect(sample: Any) -> float:
     return width / height if known and width > 0 and height > 0 else 1.0
 
 
-def sample_to_array(sample: Any) -> NDArray[np.uint8]:
+def sample_to_array(sample: Any, ring: FrameRing | None = None) -> NDArray[np.uint8]:
     """Copy the picture out of a sample whose caps are `video/x-raw, format=RGB`.
 
-    Rows are padded to 4 bytes in GStreamer's memory, and hardware may pad more: the copy has none.
+    Rows are padded to 4 bytes in GStreamer's memory, and hardware may pad more: the copy has none. It is the only copy, but for
+    PyPI's build of the bindings, which make one of their own before.
+
+    Args:
+        sample: of an appsink.
+        ring: where the memory for it comes from; None lays out new memory.
 
     Returns:
-        uint8 `[H, W, 3]`, C-contiguous, in memory of its own.
+        uint8 `[H, W, 3]`, C-contiguous, in memory that nobody else uses.
     """
     gst = load_gst()
     from gi.repository import GstVideo
@@ -309,7 +315,9 @@ def sample_to_array(sample: Any) -> NDArray[np.uint8]:
     try:
         # `memory.data` is a view with the distribution's bindings and a copy with PyPI's: both serve as a buffer.
         view = np.ndarray((info.height, info.width, 3), np.uint8, buffer=memory.data, offset=offset, strides=(stride, 3, 1))
-        return view.copy()
+        image = np.empty(view.shape, np.uint8) if ring is None else ring.take(view.shape)
+        np.copyto(image, view)
+        return image
     finally:
         # The view ends with this function: GStreamer reuses the memory as soon as it is unmapped.
         buffer.unmap(memory)

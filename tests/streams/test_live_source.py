@@ -92,7 +92,8 @@ def test_a_frozen_camera_is_stalled_then_lost_and_comes_back(rtsp_server: RtspSe
     with LiveSource(rtsp_server.url("/ball"), size=(64, 48), stall_timeout_s=0.7) as source:
         frame_of(source, 0)
         rtsp_server.process.send_signal(signal.SIGSTOP)
-        assert until(lambda: source.state == "connecting" and source.generation == 1)
+        # GStreamer itself notices after 25 s or more.
+        assert until(lambda: source.state == "connecting" and source.generation == 1, 15.0)
         rtsp_server.process.send_signal(signal.SIGCONT)
         frame_of(source, 1)
     assert "stalled" in states(source) and "lost" in states(source)
@@ -307,6 +308,16 @@ def test_a_source_nobody_closed_ends_with_its_last_reference() -> None:
     gc.collect()
     assert supervisor.closed and supervisor._thread is not None
     assert until(lambda: not supervisor._thread.is_alive())  # type: ignore[union-attr]
+
+
+def test_a_source_may_be_closed_by_its_own_callback(rtsp_server: RtspServer) -> None:
+    def closes(event: Event) -> None:
+        if event.state == "lost":
+            source.close()
+
+    source = LiveSource(rtsp_server.url("/short"), size=(64, 48), on_event=closes)
+    frames = list(source)
+    assert 1 <= len(frames) <= 20 and states(source) == ["connecting", "live", "lost"]
 
 
 def test_a_callback_that_fails_takes_nothing_down(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from keepsight.streams import Reconnect, SourceURI, UsageError
 from keepsight.streams.backoff import Backoff
-from keepsight.streams.capture import Arrivals
+from keepsight.streams.capture import Arrivals, _interval_s
 from keepsight.streams.presence import is_reachable
 from keepsight.streams.supervisor import _Edge
 from keepsight.streams.watchdog import Watchdog
@@ -39,6 +39,21 @@ def test_the_rate_is_the_streams_own_and_not_what_it_says() -> None:
     assert Watchdog().limit_s(seen(9, 5.0, 1 / 30)) == pytest.approx(14.5)
     assert Watchdog().limit_s(seen(3, 1.4, 1.0)) < 2.5
     assert Watchdog().limit_s(seen(2, 5.0, 1 / 30)) == pytest.approx(14.5)
+
+
+@pytest.mark.parametrize(
+    ("times", "interval"),
+    [
+        ([(0.0, 0.0)], None),
+        ([(0.0, 0.0), (5.0, 5.0), (10.0, 10.0)], 5.0),
+        ([(9.8, 0.0), (9.9, 5.0), (10.0, 10.0), (10.1, 15.0)], 5.0),  # a burst, of what was taken in 15 s
+        ([(0.0, None), (5.0, None), (10.0, None)], 5.0),  # no stamps
+        ([(0.0, 0.0), (1.0, 0.0), (2.0, 0.0)], 1.0),  # stamps that stand still
+        ([(0.0, 0.0), (2.0, 2.0), (3.0, 3.0), (4.0, 4.0)], 1.0),  # one odd interval at the start
+    ],
+)
+def test_how_often_frames_come(times: list[tuple[float, float | None]], interval: float | None) -> None:
+    assert _interval_s(times) == interval
 
 
 def test_after_a_single_frame_the_stated_rate_or_the_last_connection_tells() -> None:
