@@ -48,7 +48,8 @@ _INSTALL = f'On Debian, Ubuntu and JetPack: {_APT_LINE}. On macOS and Windows: p
 
 _PACKAGE_OF = {
     "gstreamer1.0-plugins-base": (
-        "appsink appsrc audioconvert audioresample audiotestsrc decodebin opusdec parsebin playbin uridecodebin videoconvert videoscale videotestsrc typefind"
+        "appsink appsrc audioconvert audioresample audiotestsrc decodebin opusdec parsebin playbin uridecodebin videoconvert "
+        "videoscale videotestsrc typefind"
     ),
     "gstreamer1.0-plugins-good": (
         "avidemux capssetter imagefreeze jpegdec jpegenc matroskademux matroskamux mp4mux pngdec pngenc qtdemux rtph264depay "

@@ -57,8 +57,8 @@ class Chunk:
 class Tracks:
     """Reads the pictures, the sound, or both of one source, once.
 
-    One thread pulls; any thread may close. Times are running times of the pipeline: those of a file count from its beginning, and
-    a track that starts late has a first time above 0.
+    One thread pulls; any thread may close. Times are running times of the pipeline: those of a file count from its beginning,
+    and a track that starts late has a first time above 0.
 
     Args:
         uri: what to read; None for a microphone alone.
@@ -241,10 +241,9 @@ class Tracks:
 
     def _on_stream(self, decoder: Any, pad: Any, caps: Any) -> bool:
         name = caps.get_structure(0).get_name()
-        if name.startswith(("audio/", "video/")):
-            # A container's own type is video/ too, as a rule: it is no stream of pictures.
-            if not name.endswith(_CONTAINERS):
-                self._seen.add(name)
+        # A container's own type is video/ too, as a rule: it is no stream of pictures.
+        if name.startswith(("audio/", "video/")) and not name.endswith(_CONTAINERS):
+            self._seen.add(name)
         return True
 
     def _on_unknown(self, decoder: Any, pad: Any, caps: Any) -> None:

@@ -187,7 +187,7 @@ def test_microphones_have_addresses(address: str, parsed: Microphone) -> None:
 
 @pytest.mark.parametrize("address", ["mic://hw:1", "v4l2:///dev/video0", "alsa", "alsa:hw:0"])
 def test_what_is_no_microphone_is_refused(address: str) -> None:
-    with pytest.raises(UsageError, match="microphone|takes no name"):
+    with pytest.raises(UsageError, match=r"microphone|takes no name"):
         Microphone.parse(address)
 
 
