@@ -352,8 +352,8 @@ class _Gatherer:
         self._interval_s = 0.0
         self._index = 0
         self.origin_s: float | None = None  # running time at which the stream starts
-        # When a frame came, in seconds of time.monotonic(); of sound alone, when that came. A camera whose pictures stop is not alive
-        # because its microphone is; one that sends no sound while it is quiet, is.
+        # When a frame came, in seconds of time.monotonic(); of sound alone, when that came. A camera whose pictures stop is not
+        # alive because its microphone is; one that sends no sound while it is quiet, is.
         self.alive_at = 0.0
         self._video_s = 0.0  # up to where frames are known, in seconds of the stream
         self._end_s = 0.0  # where what came ends

@@ -47,7 +47,7 @@ class Shot:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """Sound as it comes: float32 `[n]`, its running time, and whether the stream says that it does not go on from the last one."""
+    """Sound as it comes: float32 `[n]`, its running time, and whether the stream says that it does not go on from the last."""
 
     samples: NDArray[np.float32]
     time_s: float
