@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import keepsight.streams.snippet as snippet_module
 from keepsight.streams import SourceLostError, SourceUnreadableError, UsageError, tracks
 from keepsight.streams.capture import Timeouts
 from keepsight.streams.snippet import Snippet, Snippets
@@ -91,6 +92,15 @@ def test_frames_are_the_newest_at_or_before_their_moments(
         assert not snippet.frames[~snippet.frame_mask].any()
         assert snippet.samples.shape == (round(length_s * 16000),) and not snippet.samples.any()
         assert snippet.padded_samples == len(snippet.samples) and snippet.end == snippet.start + length_s
+
+
+def test_only_frames_that_a_snippet_wants_are_copied(numbered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = []
+    image = snippet_module._Gatherer._image
+    monkeypatch.setattr(snippet_module._Gatherer, "_image", lambda self, shot: copied.append(shot) or image(self, shot))
+    with Snippets(numbered, length_s=0.5, frames=2, size=(16, 16), absent="pad") as snippets:
+        assert len(list(snippets)) == 4
+    assert [round(shot.time_s * 30) for shot in copied] == [0, 7, 15, 22, 30, 37, 45, 52]
 
 
 def test_overlapping_snippets_share_their_sound(media: Path) -> None:
