@@ -1,4 +1,4 @@
-"""`keepsight sources`: which cameras this machine has, and which kinds of source it can read."""
+"""`keepsight sources` and the commands of `keepsight stream`: which cameras this machine has, and which kinds of source it can read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from keepsight.streams.describe import add_describe
 from keepsight.streams.errors import MissingComponentError
 from keepsight.streams.gst import debian_package, has_element, load_gst
+from keepsight.streams.probe import add_probe
 
 __all__ = ["Camera", "cameras", "commands"]
 
@@ -21,6 +23,9 @@ _ABILITIES = (
     ("H.265", ("avdec_h265", "nvv4l2decoder")),
     ("USB cameras (v4l2)", ("v4l2src",)),
     ("network cameras (rtsp)", ("rtspsrc",)),
+    ("RTP senders (rtp)", ("udpsrc",)),
+    ("files and cameras over HTTP", ("souphttpsrc",)),
+    ("HLS", ("hlsdemux",)),
     ("CSI cameras (Jetson only)", ("nvarguscamerasrc",)),
     ("test patterns", ("videotestsrc",)),
     ("writing video", ("x264enc", "openh264enc")),
@@ -50,6 +55,10 @@ def cameras(devices: Path = Path("/sys/class/video4linux")) -> list[Camera]:
 
 def commands(app: typer.Typer) -> None:
     """Add this part's commands to the application."""
+    group = typer.Typer(help="Look at sources: their pipeline, their pictures, the cameras of this machine.", no_args_is_help=True)
+    for add in (add_describe, add_probe):
+        add(group)
+    app.add_typer(group, name="stream")
 
     @app.command("sources")
     def sources(

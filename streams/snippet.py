@@ -479,7 +479,9 @@ class _Gatherer:
         times = np.full(len(moments_s), np.nan)
         standing = list(self._kept)
         if self._last is not None:  # of a live source, whose next frame is late
-            standing.append(_Kept(*self._last_span(), image=self._image(self._last)))
+            begin_s, end_s = self._last_span()
+            if np.any((moments_s >= begin_s - _ROUNDING_S) & (moments_s < end_s - _ROUNDING_S)):
+                standing.append(_Kept(begin_s, end_s, self._image(self._last)))
         for position, moment_s in enumerate(moments_s):
             at = [kept for kept in standing if kept.begin_s <= moment_s + _ROUNDING_S and moment_s < kept.end_s - _ROUNDING_S]
             if at:

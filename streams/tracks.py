@@ -333,27 +333,29 @@ def _plan(
     if uri is not None:
         recipe = recipe_for(uri, view or View(), "newest" if live else "every")
         stages = {piece.stage: piece for piece in recipe.pieces}
-        properties[ORIGIN] = recipe.origin
         behind = [piece for piece in recipe.pieces if piece.stage in ("to-host", "tail")]
-        if "decode" in stages:
+        if "decode" in stages and (uri.kind == "rtsp" or "parse" not in stages):
+            # What a board has behind decodebin comes with the pictures.
+            extra = stages["decode"].launch.partition(" ! ")[2]
+            properties[ORIGIN] = recipe.origin
             joint = ORIGIN if uri.kind == "rtsp" else DECODER
             chains.append(_head(stages["origin"], view, own_sound, joint))
             elements += [*stages["origin"].elements, *stages["decode"].elements]
             if own_sound:
                 chains.append(own_sound)
             if view is not None:
-                chains.append(f"identity name={PICTURES_IN} silent=true ! " + " ! ".join(piece.launch for piece in behind))
+                parts = [f"identity name={PICTURES_IN} silent=true", *filter(None, [extra]), *(piece.launch for piece in behind)]
+                chains.append(" ! ".join(parts))
         else:
             if view is not None:
                 chains.append(" ! ".join(piece.launch for piece in recipe.pieces))
-                elements += stages["origin"].elements
+                properties[ORIGIN] = recipe.origin
+                elements += [name for piece in recipe.pieces for name in piece.elements]
                 fixed.append("video")
             if uri.kind == "test" and own_sound:
                 chains.append(f"{_test_sound(uri, live=live)} ! {own_sound}")
                 elements.append("audiotestsrc")
                 fixed.append("audio")
-                if view is None:
-                    del properties[ORIGIN]
             elif own_sound:
                 chains.append(own_sound)  # of a track that such a source never has
         if view is not None:
