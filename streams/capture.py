@@ -15,7 +15,7 @@ from keepsight.streams.bicubic import scaled
 from keepsight.streams.errors import KeepsightError, SourceUnreadableError
 from keepsight.streams.faults import fault_of, lost, silence_of, truncation_of
 from keepsight.streams.gst import BRANCH_PREFIX, is_inside, load_gst, pixel_aspect, sample_to_array
-from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Delivery, build, recipe_for
+from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Branch, Delivery, build, recipe_for
 from keepsight.streams.ring import FrameRing
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.uri import SourceURI
@@ -94,13 +94,20 @@ class Capture:
         timeouts: when to give up.
         sampler: which frames to keep; asked before a frame is scaled, so that the others cost only their decoding.
             Not for a newest-wins delivery, where the reader decides.
+        branches: what hangs on the stream beside the frames.
 
     Raises:
         KeepsightError: the source can't be opened; which one, see `faults`.
     """
 
     def __init__(
-        self, uri: SourceURI, view: View, delivery: Delivery, timeouts: Timeouts, sampler: Sampler | None = None
+        self,
+        uri: SourceURI,
+        view: View,
+        delivery: Delivery,
+        timeouts: Timeouts,
+        sampler: Sampler | None = None,
+        branches: Sequence[Branch] = (),
     ) -> None:
         self._gst = load_gst()
         self._uri, self._view, self._delivery, self._timeouts = uri, view, delivery, timeouts
@@ -113,7 +120,7 @@ class Capture:
         self._serial = 0  # of the last frame read, as the tap counts them
         self.dropped = 0
         self.ring = FrameRing()
-        self._pipeline = build(recipe_for(uri, view, delivery))
+        self._pipeline = build(recipe_for(uri, view, delivery, branches))
         self._sink = self._pipeline.get_by_name(FRAMES)
         self._bus = self._pipeline.get_bus()
         self._tap = _Tap(self._gst, self._pipeline.get_by_name(TAP).get_static_pad("sink"), sampler)
@@ -191,7 +198,7 @@ class Capture:
         """Empty the bus, which would otherwise grow for as long as a stream plays, and keep its first error."""
         kinds = self._gst.MessageType
         while (message := self._bus.pop_filtered(kinds.ERROR | kinds.WARNING)) is not None:
-            if is_inside(message.src, BRANCH_PREFIX):  # a side branch's own affair
+            if is_inside(message.src, BRANCH_PREFIX):  # a branch's own affair
                 continue
             if message.type == kinds.WARNING:
                 self._warning = self._uri.redact(message.parse_warning()[0].message).rstrip(".")

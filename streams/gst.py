@@ -267,7 +267,9 @@ def state_colorimetry(setter: Any, matrix: str | None) -> None:
                 own = stream.colorimetry
                 said = (own.range, own.matrix if forced is None else forced, own.transfer, own.primaries)
                 colorimetry = ":".join(str(int(part)) for part in said)
-                setter.set_property("caps", gst.Caps.from_string(f"video/x-raw,colorimetry=(string){colorimetry}"))
+                told = gst.Caps.from_string(f"video/x-raw,colorimetry=(string){colorimetry}")
+                # Asked of the pad: a probe that held the element would keep it for ever, and be kept by it.
+                pad.get_parent_element().set_property("caps", told)
         return gst.PadProbeReturn.OK
 
     setter.get_static_pad("sink").add_probe(gst.PadProbeType.EVENT_DOWNSTREAM, on_event)

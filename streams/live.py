@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -15,6 +15,7 @@ from keepsight.streams.capture import Arrivals, Capture, Picture, Timeouts
 from keepsight.streams.errors import KeepsightError, UsageError
 from keepsight.streams.events import Event, EventLog, State
 from keepsight.streams.frame import Frame, wall_time_of
+from keepsight.streams.pipelines import Branch
 from keepsight.streams.presence import check_presence
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.supervisor import Supervisor
@@ -58,6 +59,7 @@ class LiveSource(Iterator[Frame]):
             more, 2.9 intervals for slower ones. A connection is given up 1 s (or an interval) later.
         on_event: called with each `Event` as it happens, on another thread; it must return soon.
         on_loss: called likewise with the error of each connection that was lost or could not be made.
+        branches: what hangs on the stream beside the frames, of each connection anew.
 
     Raises:
         UsageError: an address or an option that makes no sense; a file.
@@ -86,6 +88,7 @@ class LiveSource(Iterator[Frame]):
         stall_timeout_s: float | None = None,
         on_event: Callable[[Event], None] | None = None,
         on_loss: Callable[[KeepsightError], None] | None = None,
+        branches: Sequence[Branch] = (),
     ) -> None:
         self.uri = SourceURI.parse(uri)
         if not self.uri.is_camera:
@@ -98,7 +101,7 @@ class LiveSource(Iterator[Frame]):
         self._log = EventLog(on_event=on_event)
         self._supervisor = Supervisor(
             self.uri,
-            _connector(self.uri, self._view, Timeouts(first_frame_timeout_s)),
+            _connector(self.uri, self._view, Timeouts(first_frame_timeout_s), branches),
             self._log,
             reconnect=reconnect or Reconnect(),
             watchdog=Watchdog(stall_timeout_s, unknown_s=first_frame_timeout_s),
@@ -253,9 +256,9 @@ class LiveSource(Iterator[Frame]):
         return True
 
 
-def _connector(uri: SourceURI, view: View, timeouts: Timeouts) -> Callable[[], Capture]:
+def _connector(uri: SourceURI, view: View, timeouts: Timeouts, branches: Sequence[Branch]) -> Callable[[], Capture]:
     def connect() -> Capture:
         check_presence(uri)
-        return Capture(uri, view, "newest", timeouts)
+        return Capture(uri, view, "newest", timeouts, branches=branches)
 
     return connect

@@ -222,9 +222,10 @@ class Snippets(Iterator[Snippet]):
             gatherer.tracks.check()
             if self._absent == "error":
                 refuse_absent(gatherer.tracks, ("video", "audio"))
+            over = gatherer.is_over()  # asked first: the end may come between the two questions, with snippets left to give
             if gatherer.is_ready():
                 return gatherer.cut()
-            if gatherer.is_over():
+            if over:
                 self._judge_end(gatherer)
                 return None
             limit = self._timeouts.stall_s if gatherer.origin_s is not None else self._timeouts.first_frame_s

@@ -23,6 +23,8 @@ from keepsight.streams.view import Aspect, Colorimetry, Conversion, Scaler, View
 
 __all__ = ["Source"]
 
+_USUAL_FPS = 30.0  # of a file with a single picture
+
 Pace = Literal["auto", "offline", "realtime"]
 
 
@@ -106,6 +108,9 @@ class Source(Iterator[Frame]):
         self._epoch_s: float | None = None
         self._time_s = 0.0
         self._delivered = 0
+        self._rounds, self._offset_s, self._dropped = 1, 0.0, 0  # of a file that is played over and over
+        self._before_s: float | None = None
+        self._played_to_s: float | None = None
 
     @property
     def is_live(self) -> bool:
@@ -115,7 +120,7 @@ class Source(Iterator[Frame]):
     @property
     def dropped(self) -> int:
         """Frames that a newer one replaced before they were read. Those that `fps` leaves out are not among them."""
-        return 0 if self._reader is None else self._reader.dropped
+        return self._dropped + (0 if self._reader is None else self._reader.dropped)
 
     @property
     def arrivals(self) -> Arrivals | None:
@@ -196,16 +201,39 @@ class Source(Iterator[Frame]):
                 self.close()
                 raise
             if picture is None:
-                return None
+                reader = self._begun_again()
+                continue
             picture = self._dated(picture)
             chosen_already = self._delivery == "every" or self._stills is not None
             if chosen_already or self._sampler is None or self._sampler.take(picture.time_s):
                 return picture
         return None
 
+    def _begun_again(self) -> _Reader | None:
+        """A reader at the beginning, if the address asks for another round and the last one gave anything."""
+        rounds = self.uri.options.get("loop", 1)
+        if self._played_to_s is None or self._rounds == rounds or self.is_live:
+            return None
+        with self._lock:
+            if self._closed or self._reader is None:
+                return None
+            self._reader.close()
+            self._dropped += self._reader.dropped
+            self._reader = None
+            if self._stills is not None:  # what was closed stays closed
+                self._stills = _present_stills(self.uri, self._view, self._timeouts)
+            self._sampler = None if self._fps is None else Sampler(self._fps)
+        self._rounds += 1
+        self._offset_s, self._played_to_s = self._played_to_s, None
+        return self._open()
+
     def _dated(self, picture: Picture) -> Picture:
         if not self.is_live:
-            return picture
+            time_s = picture.time_s + self._offset_s
+            # The last picture is shown for as long as the one before it.
+            interval = 0.0 if self._before_s is None else max(0.0, time_s - self._before_s)
+            self._before_s, self._played_to_s = time_s, time_s + (interval or 1 / (self._fps or _USUAL_FPS))
+            return replace(picture, time_s=time_s)
         # A camera's stream starts with its first frame, not with the time it took to connect.
         if self._epoch_s is None:
             self._epoch_s = picture.captured_at
