@@ -262,7 +262,7 @@ class Tracks:
 
     def _on_rtp(self, element: Any, pad: Any) -> None:
         media = (pad.get_current_caps() or pad.query_caps(None)).get_structure(0).get_string("media")
-        if media not in self._sinks:
+        if media not in self._sinks or media in self._linked:
             return
         self._coming.add(media)
         decoder = self._gst.ElementFactory.make("decodebin")

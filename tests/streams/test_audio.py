@@ -192,6 +192,8 @@ def test_what_cannot_be_heard_is_refused_in_one_line(
 def test_a_camera_is_not_read_offline_and_a_csi_camera_has_no_sound() -> None:
     with pytest.raises(UsageError, match="can't be read offline"):
         Audio("rtsp://camera/door", pace="offline")
+    with pytest.raises(SourceUnreadableError, match="no sound in it"):
+        next(Audio("csi://0"))
 
 
 MICROPHONES = [
