@@ -49,7 +49,8 @@ _INSTALL = f'On Debian, Ubuntu and JetPack: {_APT_LINE}. On macOS and Windows: p
 
 _PACKAGE_OF = {
     "gstreamer1.0-plugins-base": (
-        "appsink appsrc audioconvert audioresample audiotestsrc decodebin opusdec parsebin playbin uridecodebin videoconvert videoscale videotestsrc typefind"
+        "appsink appsrc audioconvert audioresample audiotestsrc decodebin opusdec parsebin playbin uridecodebin videoconvert "
+        "videoscale videotestsrc typefind"
     ),
     "gstreamer1.0-plugins-good": (
         "rtph265depay rtpjitterbuffer rtpjpegdepay souphttpsrc udpsrc "

@@ -22,9 +22,10 @@ packet that can be lost (10 ms of Opus in practice)."""
 class SampleLine:
     """Chunks of mono sound, put together by their times.
 
-    Sample `i` of the line is the sound at `i / rate` seconds. A chunk that begins within `TOLERANCE_S` of the end of the one before it
-    goes on there, so that rounded time stamps make no cracks; any other begins where its time says: a gap is silence, and what
-    overlaps is cut off the newer chunk. So no sample ever lies further than the tolerance from its time, however long the stream.
+    Sample `i` of the line is the sound at `i / rate` seconds. A chunk that begins within `TOLERANCE_S` of the end of the one
+    before it goes on there, so that rounded time stamps make no cracks; any other begins where its time says: a gap is silence,
+    and what overlaps is cut off the newer chunk. So no sample ever lies further than the tolerance from its time, however long
+    the stream.
 
     Args:
         rate: samples per second.

@@ -43,10 +43,10 @@ class Snippet:
     """What was seen and heard in one span of time.
 
     Attributes:
-        frames: uint8 `[T, H, W, 3]`, RGB: at each of the snippet's sampling times the newest frame at or before it; zeros where there
-            was none.
-        frame_times: float64 `[T]`, when those frames were taken, in seconds of the stream; NaN where there was none. The frame of the
-            first sampling time may be older than `start`.
+        frames: uint8 `[T, H, W, 3]`, RGB: at each of the snippet's sampling times the newest frame at or before it; zeros where
+            there was none.
+        frame_times: float64 `[T]`, when those frames were taken, in seconds of the stream; NaN where there was none. The frame of
+            the first sampling time may be older than `start`.
         samples: float32 `[n]`, mono, the `i`-th at `start + i / rate`, to half a sample; zeros where there was no sound.
         start: seconds of the stream: of a file since its beginning, of a live source since its first frame or sound.
         end: `start` plus the length asked for.
@@ -84,12 +84,13 @@ class Snippet:
 class Snippets(Iterator[Snippet]):
     """Snippets of one source: frames and sound, aligned by their times, never by their numbers.
 
-    Both come from one pipeline with one clock. A track that starts late or ends early is padded, and the snippet's masks say where.
-    A frame stands until the next one, the last one for its own length. Sound keeps within 5 ms of its time stamps (see `SampleLine`).
+    Both come from one pipeline with one clock. A track that starts late or ends early is padded, and the snippet's masks say
+    where. A frame stands until the next one, the last one for its own length. Sound keeps within 5 ms of its time stamps (see
+    `SampleLine`).
 
-    A file gives every snippet, always the same ones; its last may be padded. A live source gives its newest snippet: those that were
-    complete while nobody asked are dropped and counted. There a snippet is complete when both tracks have passed its end, or
-    `wait_s` after it, with padding for what had not come.
+    A file gives every snippet, always the same ones; its last may be padded. A live source gives its newest snippet: those that
+    were complete while nobody asked are dropped and counted. There a snippet is complete when both tracks have passed its end, or
+    `wait_s` after it, with padding for what had not come. It is lost when a track that was there ends, or its pictures stall.
 
     Args:
         uri: a file, an RTSP camera, `test://ball` (which ticks once a second), ... (see `Source`).
@@ -221,9 +222,10 @@ class Snippets(Iterator[Snippet]):
             gatherer.tracks.check()
             if self._absent == "error":
                 refuse_absent(gatherer.tracks, ("video", "audio"))
+            over = gatherer.is_over()  # asked first: the end may come between the two questions, with snippets left to give
             if gatherer.is_ready():
                 return gatherer.cut()
-            if gatherer.is_over():
+            if over:
                 self._judge_end(gatherer)
                 return None
             limit = self._timeouts.stall_s if gatherer.origin_s is not None else self._timeouts.first_frame_s
@@ -266,8 +268,8 @@ class Snippets(Iterator[Snippet]):
         started = last = time.monotonic()
         while not self._closed:
             now = time.monotonic()
-            if gatherer.step():
-                last = now
+            gatherer.step()
+            last = max(last, gatherer.alive_at)
             gatherer.tracks.check()
             if self._absent == "error":
                 refuse_absent(gatherer.tracks, ("video", "audio"))
@@ -276,12 +278,12 @@ class Snippets(Iterator[Snippet]):
                     raise silence_of(self.uri, self._timeouts.first_frame_s)
             elif now - last > self._timeouts.stall_s:
                 raise SourceLostError(f"{self.uri} is lost: nothing for {now - last:.1f} s.", fix="Start again.")
+            elif gatherer.has_lost_a_track():
+                raise SourceLostError(f"{self.uri} is lost: the stream ended.", fix="Start again.")
             ready = gatherer.is_ready()
             if ready or gatherer.is_overdue(self._wait_s):
                 self.late += not ready
                 self._offer(gatherer.cut())
-            elif gatherer.is_over():
-                raise SourceLostError(f"{self.uri} is lost: the stream ended.", fix="Start again.")
 
     def _offer(self, snippet: Snippet) -> None:
         with self._condition:
@@ -351,6 +353,9 @@ class _Gatherer:
         self._interval_s = 0.0
         self._index = 0
         self.origin_s: float | None = None  # running time at which the stream starts
+        # When a frame came, in seconds of time.monotonic(); of sound alone, when that came. A camera whose pictures stop is not
+        # alive because its microphone is; one that sends no sound while it is quiet, is.
+        self.alive_at = 0.0
         self._video_s = 0.0  # up to where frames are known, in seconds of the stream
         self._end_s = 0.0  # where what came ends
 
@@ -379,6 +384,11 @@ class _Gatherer:
     def is_over(self) -> bool:
         """Whether nothing more comes."""
         return self._ended("video") and self._ended("audio")
+
+    def has_lost_a_track(self) -> bool:
+        """Whether a track that was there has ended, which for a live source means that it is gone."""
+        tracks: tuple[Track, ...] = ("video", "audio")
+        return any(self.tracks.has(track) is True and self._ended(track) for track in tracks)
 
     def cut(self) -> Snippet:
         """The next snippet, as far as it has come."""
@@ -421,10 +431,13 @@ class _Gatherer:
         if track == "video":
             shot = self.tracks.pull_shot(timeout_s)
             if shot is not None:
+                self.alive_at = time.monotonic()
                 self._see(shot)
             return shot is not None
         chunk = self.tracks.pull_chunk(timeout_s)
         if chunk is not None:
+            if self.tracks.has("video") is False:
+                self.alive_at = time.monotonic()
             time_s = self._stream_s(chunk.time_s) - self._sound_late_s
             self._line.add(chunk.samples, time_s, restart=chunk.restart)
             self._end_s = max(self._end_s, (self._line.end or 0) / self._line.rate)
@@ -467,7 +480,9 @@ class _Gatherer:
         times = np.full(len(moments_s), np.nan)
         standing = list(self._kept)
         if self._last is not None:  # of a live source, whose next frame is late
-            standing.append(_Kept(*self._last_span(), image=self._image(self._last)))
+            begin_s, end_s = self._last_span()
+            if np.any((moments_s >= begin_s - _ROUNDING_S) & (moments_s < end_s - _ROUNDING_S)):
+                standing.append(_Kept(begin_s, end_s, self._image(self._last)))
         for position, moment_s in enumerate(moments_s):
             at = [kept for kept in standing if kept.begin_s <= moment_s + _ROUNDING_S and moment_s < kept.end_s - _ROUNDING_S]
             if at:

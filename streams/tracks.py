@@ -47,7 +47,7 @@ class Shot:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """Sound as it comes: float32 `[n]`, its running time, and whether the stream says that it does not go on from the last one."""
+    """Sound as it comes: float32 `[n]`, its running time, and whether the stream says that it does not go on from the last."""
 
     samples: NDArray[np.float32]
     time_s: float
@@ -57,8 +57,8 @@ class Chunk:
 class Tracks:
     """Reads the pictures, the sound, or both of one source, once.
 
-    One thread pulls; any thread may close. Times are running times of the pipeline: those of a file count from its beginning, and
-    a track that starts late has a first time above 0.
+    One thread pulls; any thread may close. Times are running times of the pipeline: those of a file count from its beginning,
+    and a track that starts late has a first time above 0.
 
     Args:
         uri: what to read; None for a microphone alone.
@@ -241,10 +241,9 @@ class Tracks:
 
     def _on_stream(self, decoder: Any, pad: Any, caps: Any) -> bool:
         name = caps.get_structure(0).get_name()
-        if name.startswith(("audio/", "video/")):
-            # A container's own type is video/ too, as a rule: it is no stream of pictures.
-            if not name.endswith(_CONTAINERS):
-                self._seen.add(name)
+        # A container's own type is video/ too, as a rule: it is no stream of pictures.
+        if name.startswith(("audio/", "video/")) and not name.endswith(_CONTAINERS):
+            self._seen.add(name)
         return True
 
     def _on_unknown(self, decoder: Any, pad: Any, caps: Any) -> None:
@@ -263,7 +262,7 @@ class Tracks:
 
     def _on_rtp(self, element: Any, pad: Any) -> None:
         media = (pad.get_current_caps() or pad.query_caps(None)).get_structure(0).get_string("media")
-        if media not in self._sinks:
+        if media not in self._sinks or media in self._linked:
             return
         self._coming.add(media)
         decoder = self._gst.ElementFactory.make("decodebin")
@@ -334,27 +333,29 @@ def _plan(
     if uri is not None:
         recipe = recipe_for(uri, view or View(), "newest" if live else "every")
         stages = {piece.stage: piece for piece in recipe.pieces}
-        properties[ORIGIN] = recipe.origin
         behind = [piece for piece in recipe.pieces if piece.stage in ("to-host", "tail")]
-        if "decode" in stages:
+        if "decode" in stages and (uri.kind == "rtsp" or "parse" not in stages):
+            # What a board has behind decodebin comes with the pictures.
+            extra = stages["decode"].launch.partition(" ! ")[2]
+            properties[ORIGIN] = recipe.origin
             joint = ORIGIN if uri.kind == "rtsp" else DECODER
             chains.append(_head(stages["origin"], view, own_sound, joint))
             elements += [*stages["origin"].elements, *stages["decode"].elements]
             if own_sound:
                 chains.append(own_sound)
             if view is not None:
-                chains.append(f"identity name={PICTURES_IN} silent=true ! " + " ! ".join(piece.launch for piece in behind))
+                parts = [f"identity name={PICTURES_IN} silent=true", *filter(None, [extra]), *(piece.launch for piece in behind)]
+                chains.append(" ! ".join(parts))
         else:
             if view is not None:
                 chains.append(" ! ".join(piece.launch for piece in recipe.pieces))
-                elements += stages["origin"].elements
+                properties[ORIGIN] = recipe.origin
+                elements += [name for piece in recipe.pieces for name in piece.elements]
                 fixed.append("video")
             if uri.kind == "test" and own_sound:
                 chains.append(f"{_test_sound(uri, live=live)} ! {own_sound}")
                 elements.append("audiotestsrc")
                 fixed.append("audio")
-                if view is None:
-                    del properties[ORIGIN]
             elif own_sound:
                 chains.append(own_sound)  # of a track that such a source never has
         if view is not None:

@@ -1,8 +1,8 @@
 """An RTSP camera on 127.0.0.1 for the tests: `python rtsp_server.py PORT [locked]` prints its port when it is ready.
 
 PORT 0 takes a free one. /ball is endless, /short ends after 20 frames; /fps1 and /half give 1 and 0.5 frames/s; /switch changes
-its size from 160x120 to 320x240 and back every second; /hd is 720p30; /talk has sound, a tick each second. A locked server asks for ann's password. SIGUSR1 makes it
-hang up on all its clients.
+its size from 160x120 to 320x240 and back every second; /hd is 720p30; /talk has sound, a tick each second. A locked server asks
+for ann's password. SIGUSR1 makes it hang up on all its clients.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keepsight.streams import MissingComponentError, SourceNotFoundError, SourceUnreadableError, UsageError
+from keepsight.streams import MissingComponentError, SourceNotFoundError, SourceUnreadableError, UsageError, tracks
 from keepsight.streams.audio import Audio
 from keepsight.streams.gst import load_gst
 from keepsight.streams.microphone import Microphone
@@ -103,6 +103,29 @@ def test_rounded_time_stamps_make_no_cracks(tmp_path: Path) -> None:
     assert np.allclose(samples[100:-100], wanted[100:-100], atol=0.01)
 
 
+@pytest.mark.parametrize(("declared", "silence"), [(True, 48), (False, 0)])
+def test_a_small_gap_counts_only_if_the_stream_declares_it(
+    monkeypatch: pytest.MonkeyPatch, declared: bool, silence: int
+) -> None:
+    gst = load_gst()
+
+    class Late(tracks._Marker):  # 3 ms more from the 50th buffer of 10 ms on
+        count = 0
+
+        def _on_buffer(self, pad: Any, info: Any) -> Any:
+            self.count += 1
+            if self.count >= 50:
+                info.get_buffer().pts += 3 * gst.MSECOND
+            if self.count == 50 and declared:
+                info.get_buffer().set_flags(gst.BufferFlags.DISCONT)
+            return super()._on_buffer(pad, info)
+
+    monkeypatch.setattr(tracks, "_Marker", Late)
+    with Audio("test://ball?frames=60", pace="offline") as audio:
+        assert len(audio.read()[0]) == 32000 + silence
+        assert audio.silence == silence
+
+
 def test_a_lost_opus_packet_is_silence_of_its_length(tmp_path: Path) -> None:
     gst = load_gst()
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(48000) / 48000)
@@ -169,6 +192,8 @@ def test_what_cannot_be_heard_is_refused_in_one_line(
 def test_a_camera_is_not_read_offline_and_a_csi_camera_has_no_sound() -> None:
     with pytest.raises(UsageError, match="can't be read offline"):
         Audio("rtsp://camera/door", pace="offline")
+    with pytest.raises(SourceUnreadableError, match="no sound in it"):
+        next(Audio("csi://0"))
 
 
 MICROPHONES = [
@@ -187,7 +212,7 @@ def test_microphones_have_addresses(address: str, parsed: Microphone) -> None:
 
 @pytest.mark.parametrize("address", ["mic://hw:1", "v4l2:///dev/video0", "alsa", "alsa:hw:0"])
 def test_what_is_no_microphone_is_refused(address: str) -> None:
-    with pytest.raises(UsageError, match="microphone|takes no name"):
+    with pytest.raises(UsageError, match=r"microphone|takes no name"):
         Microphone.parse(address)
 
 

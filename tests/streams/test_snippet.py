@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import keepsight.streams.snippet as snippet_module
 from keepsight.streams import SourceLostError, SourceUnreadableError, UsageError, tracks
 from keepsight.streams.capture import Timeouts
 from keepsight.streams.snippet import Snippet, Snippets
@@ -33,8 +34,14 @@ def alignment() -> ModuleType:
     return module
 
 
-CASES = ["AAC (libav) in MP4, sound 0.7 s late", "AAC (libav) in MP4, late, delay told", "Opus in Matroska, sound ends 5 s early"]
-CASES += ["Opus in MP4, video 0.5 s late", "FLAC in Matroska, variable frame rate", "AAC (libav) in MPEG-TS, sound 0.7 s late"]
+CASES = [
+    "AAC (libav) in MP4, sound 0.7 s late",
+    "AAC (libav) in MP4, late, delay told",
+    "AAC (libav) in MPEG-TS, sound 0.7 s late",
+    "Opus in Matroska, sound ends 5 s early",
+    "Opus in MP4, video 0.5 s late",
+    "FLAC in Matroska, variable frame rate",
+]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -46,7 +53,7 @@ def test_a_flash_and_its_click_come_out_together(alignment: Any, tmp_path: Path,
     assert len(truth) >= 4 and len(seen.flashes) == len(truth)
     heard = [moment for moment in truth if case.audio_from <= moment < SECONDS - case.audio_until]
     assert len(seen.clicks) == len(heard)
-    # What is left once the encoder's own delay is taken off, of which the file does not tell: half a sample, and the container's 1 ms.
+    # What is left once the encoder's own delay is taken off, of which the file does not tell: half a sample, and Matroska's 1 ms.
     untold = 0.0 if case.told else alignment.encoder_delay_s(case.audio)
     assert np.abs(alignment.pairs(seen.flashes, seen.clicks)[:, 1] / 1000 + untold).max() < 0.0012
     # In MPEG-TS running time starts with the first data, elsewhere with the file.
@@ -85,6 +92,15 @@ def test_frames_are_the_newest_at_or_before_their_moments(
         assert not snippet.frames[~snippet.frame_mask].any()
         assert snippet.samples.shape == (round(length_s * 16000),) and not snippet.samples.any()
         assert snippet.padded_samples == len(snippet.samples) and snippet.end == snippet.start + length_s
+
+
+def test_only_frames_that_a_snippet_wants_are_copied(numbered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = []
+    image = snippet_module._Gatherer._image
+    monkeypatch.setattr(snippet_module._Gatherer, "_image", lambda self, shot: copied.append(shot) or image(self, shot))
+    with Snippets(numbered, length_s=0.5, frames=2, size=(16, 16), absent="pad") as snippets:
+        assert len(list(snippets)) == 4
+    assert [round(shot.time_s * 30) for shot in copied] == [0, 7, 15, 22, 30, 37, 45, 52]
 
 
 def test_overlapping_snippets_share_their_sound(media: Path) -> None:
