@@ -26,7 +26,7 @@ help:
 	@echo "make int8-table quantise keepsight-tiny to 8 bits, and measure what that saves and costs (about 6 minutes)"
 	@echo "make fault-table kill, freeze and restart cameras, damage files: what is shown, how soon, how soon frames are back (about 2 minutes)"
 	@echo "make soak    lose a camera over and over for an hour (ARGS='--minutes 5'): file descriptors, threads, resident memory"
-	@echo "make frame-age how old live 720p30 frames are in a fast and in a slow reader's hand (about 1 minute)"
+	@echo "make frame-age how old live 720p30 frames are in a fast and in slow readers' hands (about 2 minutes)"
 	@echo "make full-size export models of full size with random weights (30 GB of disk, 16 GB of memory, about 45 minutes)"
 	@echo "make clean   remove .venv and everything built (not the cache of llama.cpp wheels)"
 	@echo

@@ -139,7 +139,7 @@ class Supervisor:
         try:
             capture = self._opened()
         except KeepsightError as error:
-            return error
+            return _bare(error)
         if capture is None:
             return None
         with self._changed:
@@ -181,7 +181,7 @@ class Supervisor:
             try:
                 capture.check()
             except KeepsightError as error:
-                return error
+                return _bare(error)
             if arrivals.last is None:
                 if now - began > self._first_frame_s:
                     return silence_of(self._uri, self._first_frame_s)
@@ -286,6 +286,11 @@ class _Edge:
         self._knows_all = here is not False  # open from the start, or nothing to look at: the reason is another one
         back, self._was_away = bool(here) and self._was_away, here is False
         return back
+
+
+def _bare(error: KeepsightError) -> KeepsightError:
+    """Without its traceback, whose frames hold the connection: its sockets would stay until Python looks for cycles."""
+    return error.with_traceback(None)
 
 
 def _usual(interval_s: float | None) -> str:
