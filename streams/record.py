@@ -56,7 +56,8 @@ class Recorder:
     Nothing is encoded again where the source is H.264, H.265, MJPEG or another coded video; what comes raw (csi, v4l2, test) is
     encoded once, to H.264. Every connection to a camera starts a new segment, and each begins with a key frame.
 
-    A killed process loses its last group of pictures (from one key frame to the next): splitmuxsink writes it at its end. A source that is lost by its own end loses nothing; one that is closed, or given up because it hangs, that group too.
+    A killed process loses its last group of pictures (from one key frame to the next): splitmuxsink writes a group at its end. A
+    source that is lost by its own end loses nothing; one that is closed, or given up because it hangs, that group too.
 
     When it can't write (a full disk, a folder that was deleted), it stops, says so once, and tries again with the next
     connection to the source. The frames go on.
