@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from keepsight.streams.errors import UsageError
-from keepsight.streams.gst import BRANCH_PREFIX, has_element, is_inside, launch_bin, load_gst
+from keepsight.streams.gst import BRANCH_PREFIX, is_inside, launch_bin, load_gst
 
-__all__ = ["BRANCH_ELEMENTS", "Branch", "Place", "attach", "encoder"]
+__all__ = ["BRANCH_ELEMENTS", "Branch", "Place", "attach"]
 
 Point = Literal["coded", "decoded"]
 
@@ -81,25 +81,6 @@ class Place:
 # A tee passes on what any of its branches returns, and an error would end the stream for all.
 _SHIELD = "errorignore ignore-error=true ignore-eos=true ignore-notlinked=true ignore-notnegotiated=true convert-to=ok"
 BRANCH_ELEMENTS = ("tee", "errorignore", "queue")
-
-
-def encoder(*, nvmm: bool = False) -> tuple[str, tuple[str, ...]]:
-    """How raw video becomes H.264 for a branch on this machine: gst-launch's language, and its elements.
-
-    Args:
-        nvmm: whether the pictures are in a Jetson's device memory.
-    """
-    if nvmm or has_element("nvv4l2h264enc"):
-        # An Orin Nano has no encoder: there the element exists only as far as JetPack installs it.
-        lead = "" if nvmm else "videoconvert ! nvvidconv ! "
-        launch = f"{lead}nvv4l2h264enc insert-sps-pps=true iframeinterval=30 bitrate=4000000 ! h264parse"
-        elements: tuple[str, ...] = ("nvv4l2h264enc", "h264parse")
-        return launch, elements if nvmm else ("videoconvert", "nvvidconv", *elements)
-    raw = "videoconvert ! video/x-raw,format=I420"
-    if has_element("x264enc") or not has_element("openh264enc"):
-        coder = "x264enc tune=zerolatency speed-preset=ultrafast key-int-max=30"
-        return f"{raw} ! {coder} ! h264parse", ("videoconvert", "x264enc", "h264parse")
-    return f"{raw} ! openh264enc gop-size=30 complexity=low ! h264parse", ("videoconvert", "openh264enc", "h264parse")
 
 
 def attach(pipeline: Any, places: tuple[Place, ...]) -> None:

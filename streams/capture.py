@@ -16,6 +16,7 @@ from keepsight.streams.errors import KeepsightError, SourceUnreadableError
 from keepsight.streams.faults import fault_of, lost, silence_of, truncation_of
 from keepsight.streams.gst import BRANCH_PREFIX, is_inside, load_gst, pixel_aspect, sample_to_array
 from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Branch, Delivery, build, recipe_for
+from keepsight.streams.ring import FrameRing
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.uri import SourceURI
 from keepsight.streams.view import View
@@ -118,6 +119,7 @@ class Capture:
         self._pulled = 0
         self._serial = 0  # of the last frame read, as the tap counts them
         self.dropped = 0
+        self.ring = FrameRing()
         self._pipeline = build(recipe_for(uri, view, delivery, branches))
         self._sink = self._pipeline.get_by_name(FRAMES)
         self._bus = self._pipeline.get_bus()
@@ -220,7 +222,7 @@ class Capture:
         time_s = running_s
         if time_s is None:  # a picture file, or a raw stream without times
             time_s = captured_at - self._started if self._live else 0.0
-        image = scaled(sample_to_array(sample), self._view, pixel_aspect(sample))
+        image = scaled(sample_to_array(sample, self.ring), self._view, pixel_aspect(sample))
         pts_ns = None if buffer.pts == self._gst.CLOCK_TIME_NONE else int(buffer.pts)
         return Picture(image, time_s, captured_at, pts_ns, running_s, replaced)
 
@@ -263,7 +265,7 @@ class Capture:
         """Tell a source that is over from one that broke off: GStreamer reports both as the end."""
         if self._live:
             raise self._lost_by_end()
-        if self._uri.kind != "file":
+        if self._uri.is_camera:
             return
         missing = self._shortfall()
         if missing is not None:

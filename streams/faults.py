@@ -28,6 +28,8 @@ _NO_ANSWER = {(_RESOURCE, code) for code in (9, 10)}
 _NO_TYPE, _WRONG_TYPE, _FAILED = (_STREAM, 4), (_STREAM, 5), (_STREAM, 1)
 _NO_DECODER = {(_STREAM, 6), ("gst-core-error-quark", 12)}
 
+_PORTS = {"rtsp": 554, "rtsps": 322, "http": 80, "https": 443}
+
 _DECODERS = "apt-get install gstreamer1.0-libav gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly."
 _PLAYABLE = "Give an MP4, MKV, AVI or WebM video, or PNG or JPEG pictures."
 
@@ -54,6 +56,8 @@ def fault_of(uri: SourceURI, message: Any, *, delivered: bool, has_video: bool |
         return _file_fault(uri, code, reason, has_video=has_video)
     if uri.kind == "rtsp":
         return _rtsp_fault(uri, code, reason)
+    if uri.kind == "http":
+        return _http_fault(uri, code, reason, has_video=has_video)
     return _camera_fault(uri, code, reason)
 
 
@@ -62,6 +66,8 @@ def lost(uri: SourceURI, reason: str) -> SourceLostError:
     fix = {
         "rtsp": "Check the camera and the network, then start again.",
         "v4l2": "Check the cable, then start again.",
+        "http": "Check the camera and the network, then start again.",
+        "rtp": "Check the sender and the network, then start again.",
         "csi": "Check the ribbon cable and nvargus-daemon, then start again.",
     }.get(uri.kind, "Start again.")
     return SourceLostError(f"{uri} is lost: {reason}.", fix=fix)
@@ -129,6 +135,20 @@ def _rtsp_fault(uri: SourceURI, code: tuple[str, int], reason: str) -> Keepsight
     return SourceUnreadableError(f"{uri} can't be played: {reason}.", fix="Try ?transport=udp or ?transport=tcp.")
 
 
+def _http_fault(uri: SourceURI, code: tuple[str, int], reason: str, *, has_video: bool | None) -> KeepsightError:
+    if code == _NOT_AUTHORIZED:
+        how = "Write http://user:password@host/path." if uri.password is None else "Check the user and the password."
+        return RefusedError(f"{uri} refuses us: {reason}.", fix=how)
+    if code == _NOT_FOUND:
+        return SourceNotFoundError(f"{uri}: the server answers, but has no such path: {reason}.", fix="Check the path.")
+    # souphttpsrc says "Internal data stream error." of a server that is not there.
+    if code == _FAILED or code in _OPENING or code in _NO_ANSWER:
+        why = _connection_problem(uri)
+        if why is not None:
+            return SourceNotFoundError(f"{uri} can't be reached: {why}.", fix="Check the host, the port and the network.")
+    return _file_fault(uri, code, reason, has_video=has_video)
+
+
 def _no_decoder(uri: SourceURI, reason: str) -> SourceUnreadableError:
     # The reason ends with everything that is known of the stream; its type is what matters.
     kind = re.search(r"\b(?:video|image)/[\w-]+", reason)
@@ -137,10 +157,10 @@ def _no_decoder(uri: SourceURI, reason: str) -> SourceUnreadableError:
 
 
 def _connection_problem(uri: SourceURI) -> str | None:
-    """Why a host can't be reached, in the system's words: rtspsrc says "Generic error" for everything."""
+    """Why a host can't be reached, in the system's words: GStreamer's "Generic error" is for everything."""
     address = urlsplit(uri.location)
     try:
-        socket.create_connection((address.hostname or "", address.port or 554), timeout=2).close()
+        socket.create_connection((address.hostname or "", address.port or _PORTS.get(address.scheme, 554)), timeout=2).close()
     except OSError as error:
         return (error.strerror or str(error)).lower()
     except ValueError as error:  # a port out of range

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keepsight.streams.errors import MissingComponentError, UsageError
+from keepsight.streams.ring import FrameRing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,14 +52,15 @@ _PACKAGE_OF = {
         "appsink appsrc decodebin parsebin playbin uridecodebin videoconvert videoscale videotestsrc typefind"
     ),
     "gstreamer1.0-plugins-good": (
+        "rtph265depay rtpjitterbuffer rtpjpegdepay souphttpsrc udpsrc "
         "avidemux capssetter imagefreeze jpegdec jpegenc matroskademux matroskamux mp4mux pngdec pngenc qtdemux rtph264depay "
         "rtspsrc v4l2src videoflip vp8enc"
     ),
-    "gstreamer1.0-plugins-bad": "errorignore h264parse h265parse openh264dec openh264enc",
+    "gstreamer1.0-plugins-bad": "errorignore hlsdemux jpegparse h264parse h265parse openh264dec openh264enc",
     "gstreamer1.0-plugins-ugly": "x264enc",
     "gstreamer1.0-libav": "avdec_h264 avdec_h265",
     "libgstreamer1.0-0": "capsfilter filesink filesrc identity queue tee",
-    "nvidia-l4t-gstreamer (JetPack only)": "nvarguscamerasrc nvv4l2decoder nvv4l2h264enc nvvidconv",
+    "nvidia-l4t-gstreamer (JetPack only)": "nvarguscamerasrc nvjpegdec nvv4l2decoder nvv4l2h264enc nvvidconv",
 }
 
 # Bins whose name begins so hold side branches (see `branches`).
@@ -123,9 +125,7 @@ def _import_system_gi() -> None:
     extension = folder / f"_gi{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not extension.exists():
         raise _no_bindings(folder)
-    spec = importlib.util.spec_from_file_location(
-        "gi", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
+    spec = importlib.util.spec_from_file_location("gi", folder / "__init__.py", submodule_search_locations=[str(folder)])
     assert spec is not None and spec.loader is not None  # the location is a file: there is always a loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["gi"] = module
@@ -196,9 +196,7 @@ def launch(description: str) -> Any:
     try:
         return gst.parse_launch(description)
     except GLib.Error as error:
-        raise UsageError(
-            f"GStreamer can't build the pipeline: {error.message}.", fix=f"It was: {description}"
-        ) from error
+        raise UsageError(f"GStreamer can't build the pipeline: {error.message}.", fix=f"It was: {description}") from error
 
 
 def launch_bin(description: str) -> Any:
@@ -289,13 +287,18 @@ def pixel_aspect(sample: Any) -> float:
     return width / height if known and width > 0 and height > 0 else 1.0
 
 
-def sample_to_array(sample: Any) -> NDArray[np.uint8]:
+def sample_to_array(sample: Any, ring: FrameRing | None = None) -> NDArray[np.uint8]:
     """Copy the picture out of a sample whose caps are `video/x-raw, format=RGB`.
 
-    Rows are padded to 4 bytes in GStreamer's memory, and hardware may pad more: the copy has none.
+    Rows are padded to 4 bytes in GStreamer's memory, and hardware may pad more: the copy has none. It is the only copy, but for
+    PyPI's build of the bindings, which make one of their own before.
+
+    Args:
+        sample: of an appsink.
+        ring: where the memory for it comes from; None lays out new memory.
 
     Returns:
-        uint8 `[H, W, 3]`, C-contiguous, in memory of its own.
+        uint8 `[H, W, 3]`, C-contiguous, in memory that nobody else uses.
     """
     gst = load_gst()
     from gi.repository import GstVideo
@@ -309,10 +312,10 @@ def sample_to_array(sample: Any) -> NDArray[np.uint8]:
         raise MemoryError("GStreamer could not map a video buffer into memory")
     try:
         # `memory.data` is a view with the distribution's bindings and a copy with PyPI's: both serve as a buffer.
-        view = np.ndarray(
-            (info.height, info.width, 3), np.uint8, buffer=memory.data, offset=offset, strides=(stride, 3, 1)
-        )
-        return view.copy()
+        view = np.ndarray((info.height, info.width, 3), np.uint8, buffer=memory.data, offset=offset, strides=(stride, 3, 1))
+        image = np.empty(view.shape, np.uint8) if ring is None else ring.take(view.shape)
+        np.copyto(image, view)
+        return image
     finally:
         # The view ends with this function: GStreamer reuses the memory as soon as it is unmapped.
         buffer.unmap(memory)

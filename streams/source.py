@@ -222,7 +222,7 @@ class Source(Iterator[Frame]):
 def _delivery(uri: SourceURI, pace: Pace) -> Delivery:
     if pace not in ("auto", "offline", "realtime"):
         raise UsageError(f"pace={pace!r} is not known.", fix="Use 'auto', 'offline' or 'realtime'.")
-    if uri.kind == "file":
+    if not uri.is_camera:
         return "newest-in-time" if pace == "realtime" else "every"
     if pace == "offline" and uri.kind != "test":
         raise UsageError(f"{uri} is live and can't be read offline.", fix="Leave pace='auto'.")

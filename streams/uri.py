@@ -54,7 +54,8 @@ class SourceURI:
             - `v4l2`: `encoding`, `raw`, `mjpeg` or `h264`, for a camera that has more than one of them.
             - `file`, `http`: `loop`, how many times it is played, 0 for ever.
             - `http`: `live=1` for a camera, whose newest picture is wanted and whose end is a loss. Otherwise it is a file.
-            - `rtsp`: `latency` (ms) and `transport` (`tcp` or `udp`).
+            - `rtsp`: `latency` (ms), `transport` (`tcp` or `udp`) and `encoding` (`h264`, `h265` or `mjpeg`), which saves finding
+              it out and, on a Jetson, a copy in device memory.
             - `rtp`: `latency` (ms), `encoding` (`h264` or `h265`) and `payload` (the payload type, 96 by default).
 
             Other items of an `rtsp` or `http` query go to the server.
@@ -342,7 +343,12 @@ _OPTIONS: Mapping[Kind, Mapping[str, Callable[[str, str], Option]]] = {
     "test": {**_CAPTURE, "frames": _count, **_FLIP},
     "v4l2": {**_CAPTURE, "encoding": _one_of("raw", "mjpeg", "h264"), **_FLIP},
     "csi": {**_CAPTURE, **_FLIP},
-    "rtsp": {"latency": _number, "transport": _one_of("tcp", "udp"), **_FLIP},
+    "rtsp": {
+        "latency": _number,
+        "transport": _one_of("tcp", "udp"),
+        "encoding": _one_of("h264", "h265", "mjpeg"),
+        **_FLIP,
+    },
     "rtp": {"latency": _number, "encoding": _one_of("h264", "h265"), "payload": _payload, **_FLIP},
     "http": {"live": _switch, "loop": _number, **_FLIP},
 }

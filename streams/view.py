@@ -46,6 +46,9 @@ class View:
         colorimetry: the matrix that YUV is read with; None for the stream's own, or GStreamer's guess where it has none
             (BT.709 above 576 rows, else BT.601). Pictures in RGB are not touched.
         conversion: of the colours.
+        hardware_scaling: let a Jetson's video hardware scale, before pictures leave its memory, which saves copying them in full
+            size. Only for `stretch` with `nearest` or `bilinear`; its pixels are not those of GStreamer's scaler of that name,
+            so a bundle whose manifest asks for exact preprocessing is not served by it.
     """
 
     size: tuple[int, int] | None = None
@@ -53,6 +56,7 @@ class View:
     scaler: Scaler = "bilinear"
     colorimetry: Colorimetry | None = None
     conversion: Conversion = "exact"
+    hardware_scaling: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in (("aspect", Aspect), ("scaler", Scaler), ("conversion", Conversion)):

@@ -168,7 +168,7 @@ FULL = """
             after += recorder.state == "stopped"
             if after == 60 or frame.time_s > 25:
                 break
-    print(after, [state for state, _ in events], source.generation, source.state)
+        print(after, [state for state, _ in events], source.generation, source.state)
     print(events[-1][1])
 """
 
