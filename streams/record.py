@@ -214,6 +214,8 @@ class _Writer:
         for pad in list(side.srcpads):  # the bin offered the entry's open end to the outside
             pad.set_target(None)
             side.remove_pad(pad)
+        # splitmuxsink waits for its first group of pictures; the pipeline, and its other sinks, must not.
+        side.set_property("async-handling", True)
         parser = _PARSERS.get(media)
         sink = make("filesink")
         sink.set_property("buffer-mode", 2)  # none: what a killed process had in its own buffers would be lost
@@ -239,11 +241,15 @@ class _Writer:
 
     def _location(self, splitter: Any, number: int, sample: Any, suffix: str) -> str:
         start_s = time.time()
-        buffer, clock = sample.get_buffer(), splitter.get_clock()
+        buffer = sample.get_buffer()
         running = sample.get_segment().to_running_time(self._gst.Format.TIME, buffer.pts)
-        if clock is not None and running != self._gst.CLOCK_TIME_NONE:
+        pipeline = splitter  # its own base time comes later, with its state
+        while pipeline.get_parent() is not None:
+            pipeline = pipeline.get_parent()
+        clock, is_playing = pipeline.get_clock(), pipeline.get_state(0)[1] == self._gst.State.PLAYING
+        if clock is not None and is_playing and running != self._gst.CLOCK_TIME_NONE:
             # As old as the picture: splitmuxsink names a file only when its first group is complete.
-            start_s -= max(0.0, (clock.get_time() - splitter.get_base_time() - running) / self._gst.SECOND)
+            start_s -= max(0.0, (clock.get_time() - pipeline.get_base_time() - running) / self._gst.SECOND)
         return str(self._recorder._begin(start_s, suffix))
 
 
