@@ -282,8 +282,8 @@ def _parted(pieces: list[Piece]) -> list[Piece]:
     if pieces[at - 1].stage == "parse":
         return [*pieces[:at], Piece("parse", f"tee name={CODED}", ("tee",)), *pieces[at:]]
     # The capture asks the element DECODER which streams there are: that is now the parser.
-    # A decodebin that stops at parsed pictures, not a parsebin: that leaves an RTP depayloader at single NAL units, and where headers
-    # stand before each slice of a key frame, the parser behind it tears the picture apart.
+    # A decodebin that stops at parsed pictures, not a parsebin: that leaves an RTP depayloader at single NAL units, and where
+    # headers stand before each slice of a key frame, the parser behind it tears the picture apart.
     parse = f'decodebin name={DECODER} caps="{_PARSED_CAPS}" ! capsfilter caps={_CODED_CAPS} ! tee name={CODED}'
     decode = Piece("decode", "decodebin", ("decodebin",))
     return [*pieces[:at], Piece("parse", parse, ("decodebin", "capsfilter", "tee")), decode, *pieces[at + 1 :]]
