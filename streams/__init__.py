@@ -11,6 +11,7 @@ GStreamer does the work and is imported when the first source opens, not with th
 from __future__ import annotations
 
 from keepsight.streams.backoff import Reconnect
+from keepsight.streams.clip import Clip, clip
 from keepsight.streams.encode import write_video
 from keepsight.streams.errors import (
     BundleError,
@@ -31,11 +32,20 @@ from keepsight.streams.errors import (
 from keepsight.streams.events import Event
 from keepsight.streams.frame import Frame
 from keepsight.streams.live import LiveSource
+from keepsight.streams.many import Budget, Cameras
+from keepsight.streams.preview import Preview
+from keepsight.streams.record import Recorder
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.source import Source
 from keepsight.streams.uri import SourceURI
 
 __all__ = [
+    "clip",
+    "Recorder",
+    "Preview",
+    "Clip",
+    "Cameras",
+    "Budget",
     "BundleError",
     "CheckpointError",
     "DatasetError",

@@ -73,7 +73,8 @@ def test_nothing_is_encoded_while_nobody_looks_on(preview: Preview) -> None:
     def setup(pipeline: object) -> None:
         assert branch.setup is not None
         branch.setup(pipeline)
-        pipeline.get_by_name("preview-pictures").connect("new-sample", lambda sink: encoded.append(1) or 0)  # type: ignore[attr-defined]
+        sink = pipeline.get_by_name("preview-pictures")  # type: ignore[attr-defined]
+        sink.connect("new-sample", lambda sink: encoded.append(1) or 0)
 
     watched = type(branch)(branch.point, branch.launch, branch.elements, setup)
     with LiveSource("test://ball?fps=30", size=(32, 32), branches=(watched,)) as source:
