@@ -11,7 +11,7 @@ GStreamer does the work and is imported when the first source opens, not with th
 from __future__ import annotations
 
 from keepsight.streams.backoff import Reconnect
-from keepsight.streams.clip import Clip, clip
+from keepsight.streams.clips import Clip, clip
 from keepsight.streams.encode import write_video
 from keepsight.streams.errors import (
     BundleError,

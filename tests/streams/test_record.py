@@ -18,7 +18,8 @@ import typer
 from typer.testing import CliRunner
 
 from keepsight.streams import Frame, LiveSource, Source, SourceNotFoundError, UsageError
-from keepsight.streams.clip import add_clip, clip, parse_moment
+from keepsight.streams.clip_command import add_clip
+from keepsight.streams.clips import clip, parse_moment
 from keepsight.streams.record import RecordEvent, Recorder
 from keepsight.streams.recorded import segment_name, segments_in
 
