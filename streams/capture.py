@@ -17,7 +17,7 @@ from keepsight.streams.faults import fault_of, lost, silence_of, truncation_of
 from keepsight.streams.gst import BRANCH_PREFIX, is_inside, load_gst, pixel_aspect, sample_to_array
 from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Branch, Delivery, build, recipe_for
 from keepsight.streams.ring import FrameRing
-from keepsight.streams.sampling import Sampler
+from keepsight.streams.sampling import TimeSampler
 from keepsight.streams.uri import SourceURI
 from keepsight.streams.view import View
 
@@ -106,7 +106,7 @@ class Capture:
         view: View,
         delivery: Delivery,
         timeouts: Timeouts,
-        sampler: Sampler | None = None,
+        sampler: TimeSampler | None = None,
         branches: Sequence[Branch] = (),
     ) -> None:
         self._gst = load_gst()
@@ -309,7 +309,7 @@ class _Tap:
     varies. Frames counted here and those read out, matched by their time, do: what lies between them was dropped.
     """
 
-    def __init__(self, gst: Any, pad: Any, sampler: Sampler | None) -> None:
+    def __init__(self, gst: Any, pad: Any, sampler: TimeSampler | None) -> None:
         self._gst, self._pad, self._sampler = gst, pad, sampler
         self.arrived = 0
         self.last_arrival: float | None = None

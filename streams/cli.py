@@ -1,4 +1,4 @@
-"""`keepsight sources`: which cameras this machine has, and which kinds of source it can read."""
+"""`keepsight sources`: which cameras this machine has, which kinds of source it can read; and the group `keepsight stream`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from keepsight.streams.describe import add_describe
 from keepsight.streams.errors import MissingComponentError
 from keepsight.streams.gst import debian_package, has_element, load_gst
+from keepsight.streams.listing import add_list
+from keepsight.streams.probe import add_probe
 
 __all__ = ["Camera", "cameras", "commands"]
 
@@ -21,6 +24,9 @@ _ABILITIES = (
     ("H.265", ("avdec_h265", "nvv4l2decoder")),
     ("USB cameras (v4l2)", ("v4l2src",)),
     ("network cameras (rtsp)", ("rtspsrc",)),
+    ("RTP senders (rtp)", ("udpsrc",)),
+    ("files and cameras over HTTP", ("souphttpsrc",)),
+    ("HLS", ("hlsdemux",)),
     ("CSI cameras (Jetson only)", ("nvarguscamerasrc",)),
     ("test patterns", ("videotestsrc",)),
     ("writing video", ("x264enc", "openh264enc")),
@@ -50,6 +56,10 @@ def cameras(devices: Path = Path("/sys/class/video4linux")) -> list[Camera]:
 
 def commands(app: typer.Typer) -> None:
     """Add this part's commands to the application."""
+    group = typer.Typer(help="Look at sources: their pipelines, their pictures, this machine's cameras.", no_args_is_help=True)
+    for add in (add_describe, add_probe, add_list):
+        add(group)
+    app.add_typer(group, name="stream")
 
     @app.command("sources")
     def sources(

@@ -28,7 +28,7 @@ _NO_ANSWER = {(_RESOURCE, code) for code in (9, 10)}
 _NO_TYPE, _WRONG_TYPE, _FAILED = (_STREAM, 4), (_STREAM, 5), (_STREAM, 1)
 _NO_DECODER = {(_STREAM, 6), ("gst-core-error-quark", 12)}
 
-_PORTS = {"rtsp": 554, "rtsps": 322, "http": 80, "https": 443}
+PORTS = {"rtsp": 554, "rtsps": 322, "http": 80, "https": 443}
 
 _DECODERS = "apt-get install gstreamer1.0-libav gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly."
 _PLAYABLE = "Give an MP4, MKV, AVI or WebM video, or PNG or JPEG pictures."
@@ -78,7 +78,7 @@ def silence_of(uri: SourceURI, waited_s: float) -> NoFrameError:
     what = f"{uri} gave no frame within {waited_s:g} s"
     if not uri.is_camera:
         return NoFrameError(f"{what}.", fix="It may be damaged: try to play it elsewhere.")
-    if uri.kind == "rtsp":  # a host that swallows packets and a server that hangs look the same to rtspsrc
+    if uri.kind in ("rtsp", "http"):  # a host that swallows packets and a server that hangs look the same to GStreamer
         problem = _connection_problem(uri)
         what += ": it accepts connections, and says nothing" if problem is None else f": it can't be reached: {problem}"
     return NoFrameError(f"{what}.", fix="Check that it is playing, or wait longer for it.")
@@ -160,7 +160,7 @@ def _connection_problem(uri: SourceURI) -> str | None:
     """Why a host can't be reached, in the system's words: GStreamer's "Generic error" is for everything."""
     address = urlsplit(uri.location)
     try:
-        socket.create_connection((address.hostname or "", address.port or _PORTS.get(address.scheme, 554)), timeout=2).close()
+        socket.create_connection((address.hostname or "", address.port or PORTS.get(address.scheme, 554)), timeout=2).close()
     except OSError as error:
         return (error.strerror or str(error)).lower()
     except ValueError as error:  # a port out of range

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from keepsight.streams.capture import Capture, Picture, Timeouts
 from keepsight.streams.errors import SourceUnreadableError
-from keepsight.streams.uri import SourceURI
+from keepsight.streams.uri import Option, SourceURI
 from keepsight.streams.view import View
 
 __all__ = ["ImageFiles", "image_paths"]
@@ -39,10 +40,13 @@ class ImageFiles:
         paths: the files, in order.
         view: size and shape.
         timeouts: how long one file may take to decode.
+        options: of the address (see `uri.SourceURI`).
     """
 
-    def __init__(self, paths: Sequence[Path], view: View, timeouts: Timeouts) -> None:
-        self._paths, self._view, self._timeouts = paths, view, timeouts
+    def __init__(
+        self, paths: Sequence[Path], view: View, timeouts: Timeouts, options: Mapping[str, Option] | None = None
+    ) -> None:
+        self._paths, self._view, self._timeouts, self._options = paths, view, timeouts, options or {}
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -54,7 +58,7 @@ class ImageFiles:
             SourceUnreadableError: it is not a picture; it is named.
         """
         path = self._paths[index]
-        capture = Capture(SourceURI.parse(path), self._view, "every", self._timeouts)
+        capture = Capture(replace(SourceURI.parse(path), options=self._options), self._view, "every", self._timeouts)
         try:
             picture = capture.next()
         finally:

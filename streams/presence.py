@@ -9,13 +9,10 @@ from urllib.parse import urlsplit
 
 from keepsight.streams.containers import lacks_index
 from keepsight.streams.errors import SourceNotFoundError, SourceUnreadableError
-from keepsight.streams.faults import truncation_of
+from keepsight.streams.faults import PORTS, truncation_of
 from keepsight.streams.uri import SourceURI
 
 __all__ = ["check_presence", "is_reachable"]
-
-_PORTS = {"rtsp": 554, "rtsps": 322, "http": 80, "https": 443}
-
 
 def check_presence(uri: SourceURI) -> None:
     """Refuse a file or a device that is not there, or can't be read.
@@ -38,10 +35,10 @@ def is_reachable(uri: SourceURI, timeout_s: float = 0.5) -> bool | None:
     if uri.kind == "v4l2":
         return os.path.exists(uri.location)
     address = urlsplit(uri.location)
-    if address.scheme not in _PORTS or address.hostname is None:
+    if address.scheme not in PORTS or address.hostname is None:
         return None
     try:
-        socket.create_connection((address.hostname, address.port or _PORTS[address.scheme]), timeout=timeout_s).close()
+        socket.create_connection((address.hostname, address.port or PORTS[address.scheme]), timeout=timeout_s).close()
     except (OSError, ValueError):  # a port out of range
         return False
     return True

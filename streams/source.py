@@ -17,12 +17,14 @@ from keepsight.streams.frame import Frame, wall_time_of
 from keepsight.streams.images import ImageFiles, image_paths
 from keepsight.streams.pipelines import Delivery
 from keepsight.streams.presence import check_presence
-from keepsight.streams.sampling import Sampler
+from keepsight.streams.sampling import ChangeSampler, Sampler, sampler_for
 from keepsight.streams.stills import Stills, StillSequence
 from keepsight.streams.uri import SourceURI
 from keepsight.streams.view import Aspect, Colorimetry, Conversion, Scaler, View
 
 __all__ = ["Source"]
+
+_USUAL_FPS = 30.0  # of a file with a single picture
 
 Pace = Literal["auto", "offline", "realtime"]
 
@@ -59,6 +61,10 @@ class Source(Iterator[Frame]):
         conversion: `exact` goes from YUV to RGB through 16 bits; `8-bit` is quicker, and 2 to 4 levels too dark.
         fps: frames wanted per second of the stream, the first at or after each `k / fps`; None is every frame.
             For pictures and `.npy` frames, of which every one is given, it is their rate, 1 by default.
+        every: each how manieth frame is wanted, the first one included; None is every one.
+        change: only frames that differ from the last one given by so many levels of luma, and one every 10 s of a scene that
+            stands still (see `sampling.ChangeSampler`). Only one of `fps`, `every` and `change` can be given.
+        hardware_scaling: let a Jetson's video hardware scale (see `view.View`).
         pace: `auto` plays what is live as live and files offline; `offline` gives every frame of a file or of a test
             pattern; `realtime` plays a file at its own speed, newest frame first.
         first_frame_timeout_s: seconds to wait for the first frame.
@@ -89,6 +95,9 @@ class Source(Iterator[Frame]):
         colorimetry: Colorimetry | None = None,
         conversion: Conversion = "exact",
         fps: float | None = None,
+        every: int | None = None,
+        change: float | None = None,
+        hardware_scaling: bool = False,
         pace: Pace = "auto",
         first_frame_timeout_s: float = 10.0,
         stall_timeout_s: float = 5.0,
@@ -98,17 +107,21 @@ class Source(Iterator[Frame]):
         self._closed = False
         self._reader: _Reader | None = None
         self.uri = SourceURI.parse(uri)
-        self._view = View(size, aspect, scaler, colorimetry, conversion)
+        self._view = View(size, aspect, scaler, colorimetry, conversion, hardware_scaling)
         self._pace = pace
         self._delivery = _delivery(self.uri, pace)
         self._timeouts = Timeouts(first_frame_timeout_s, stall_timeout_s)
         self._fps, self._branches = fps, tuple(branches)
-        self._sampler = None if fps is None else Sampler(fps)
+        self._policy = (fps, every, change)
+        self._sampler = sampler_for(*self._policy)
         self._stills = _present_stills(self.uri, self._view, self._timeouts)
         self._ahead: Picture | None = None
         self._epoch_s: float | None = None
         self._time_s = 0.0
         self._delivered = 0
+        self._rounds, self._offset_s, self._dropped = 1, 0.0, 0  # of a file that is played over and over
+        self._before_s: float | None = None
+        self._played_to_s: float | None = None
 
     @property
     def is_live(self) -> bool:
@@ -117,8 +130,8 @@ class Source(Iterator[Frame]):
 
     @property
     def dropped(self) -> int:
-        """Frames that a newer one replaced before they were read. Those that `fps` leaves out are not among them."""
-        return 0 if self._reader is None else self._reader.dropped
+        """Frames that a newer one replaced before they were read. Those that a sampling policy leaves out are not."""
+        return self._dropped + (0 if self._reader is None else self._reader.dropped)
 
     @property
     def arrivals(self) -> Arrivals | None:
@@ -186,7 +199,7 @@ class Source(Iterator[Frame]):
             return StillSequence(self._stills, fps=self._fps or 1.0, realtime=self._delivery != "every")
         # A newest-wins reader is sampled here, on what is newest when it is asked; sampled earlier, the frame that
         # waits could be nearly 1/fps old.
-        early = self._sampler if self._delivery == "every" else None
+        early = None if self._delivery != "every" or isinstance(self._sampler, ChangeSampler) else self._sampler
         return Capture(self.uri, self._view, self._delivery, self._timeouts, early, self._branches)
 
     def _read(self) -> Picture | None:
@@ -199,16 +212,46 @@ class Source(Iterator[Frame]):
                 self.close()
                 raise
             if picture is None:
-                return None
+                reader = self._begun_again()
+                continue
             picture = self._dated(picture)
-            chosen_already = self._delivery == "every" or self._stills is not None
-            if chosen_already or self._sampler is None or self._sampler.take(picture.time_s):
+            if self._wanted(picture):
                 return picture
         return None
 
+    def _wanted(self, picture: Picture) -> bool:
+        sampler = self._sampler
+        if isinstance(sampler, ChangeSampler):
+            return sampler.take_picture(picture.time_s, picture.image)
+        # Of pictures that lie ready, `fps` is the rate; a reader of every frame has sampled already.
+        chosen = isinstance(sampler, Sampler) if self._stills is not None else self._delivery == "every"
+        return chosen or sampler is None or sampler.take(picture.time_s)
+
+    def _begun_again(self) -> _Reader | None:
+        """A reader at the beginning, if the address asks for another round and the last one gave anything."""
+        rounds = self.uri.options.get("loop", 1)
+        if self._played_to_s is None or self._rounds == rounds or self.is_live:
+            return None
+        with self._lock:
+            if self._closed or self._reader is None:
+                return None
+            self._reader.close()
+            self._dropped += self._reader.dropped
+            self._reader = None
+            if self._stills is not None:  # what was closed stays closed
+                self._stills = _present_stills(self.uri, self._view, self._timeouts)
+            self._sampler = sampler_for(*self._policy)
+        self._rounds += 1
+        self._offset_s, self._played_to_s = self._played_to_s, None
+        return self._open()
+
     def _dated(self, picture: Picture) -> Picture:
         if not self.is_live:
-            return picture
+            time_s = picture.time_s + self._offset_s
+            # The last picture is shown for as long as the one before it.
+            interval = 0.0 if self._before_s is None else max(0.0, time_s - self._before_s)
+            self._before_s, self._played_to_s = time_s, time_s + (interval or 1 / (self._fps or _USUAL_FPS))
+            return replace(picture, time_s=time_s)
         # A camera's stream starts with its first frame, not with the time it took to connect.
         if self._epoch_s is None:
             self._epoch_s = picture.captured_at
@@ -232,11 +275,14 @@ def _delivery(uri: SourceURI, pace: Pace) -> Delivery:
 def _present_stills(uri: SourceURI, view: View, timeouts: Timeouts) -> Stills | None:
     """Refuse what is not there before GStreamer is asked, whose answers are vaguer; find pictures that lie ready."""
     check_presence(uri)
-    return _stills_at(Path(uri.location), view, timeouts) if uri.kind == "file" else None
+    return _stills_at(uri, view, timeouts) if uri.kind == "file" else None
 
 
-def _stills_at(path: Path, view: View, timeouts: Timeouts) -> Stills | None:
+def _stills_at(uri: SourceURI, view: View, timeouts: Timeouts) -> Stills | None:
+    path, flip = Path(uri.location), uri.options.get("flip")
     if is_array_file(path):
+        if flip is not None:
+            raise UsageError("flip= is not for frames of a .npy file.", fix="Turn the array: frames[:, ::-1, ::-1] for 180.")
         return ArrayFile(path, view, timeouts)
     images = image_paths(path)
-    return None if images is None else ImageFiles(images, view, timeouts)
+    return None if images is None else ImageFiles(images, view, timeouts, {} if flip is None else {"flip": flip})

@@ -13,7 +13,7 @@ from urllib.parse import unquote, unquote_plus
 from keepsight.streams.errors import UsageError
 from keepsight.streams.redaction import is_secret_name, redacted_text
 
-__all__ = ["Flip", "SourceURI"]
+__all__ = ["Flip", "Option", "SourceURI"]
 
 Kind = Literal["file", "test", "v4l2", "rtsp", "rtp", "http", "csi"]
 Option = int | str | Fraction

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,29 @@ def test_frames_have_memory_of_their_own(numbered: Path) -> None:
 def test_a_camera_can_not_be_read_offline() -> None:
     with pytest.raises(UsageError, match="can't be read offline"):
         Source("rtsp://127.0.0.1/x", pace="offline")
+
+
+# -- over and over ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "rounds"), [("", 1), ("?loop=1", 1), ("?loop=3", 3)])
+def test_a_file_is_played_as_often_as_asked_and_its_time_goes_on(numbered: Path, options: str, rounds: int) -> None:
+    frames = list(Source(f"file://{numbered}{options}", size=(64, 48)))
+    assert [frame.index for frame in frames] == list(range(60 * rounds))
+    assert [frame.time_s for frame in frames] == pytest.approx([index / 30 for index in range(60 * rounds)], abs=0.005)
+    greys = [int(frame.image.mean()) for frame in frames]
+    assert greys == greys[:60] * rounds
+
+
+def test_rounds_without_end_and_at_a_rate(numbered: Path) -> None:
+    with Source(f"file://{numbered}?loop=0", size=(64, 48), fps=5) as source:
+        times = [frame.time_s for frame, _ in zip(source, range(25), strict=False)]
+    assert times == pytest.approx([index / 5 for index in range(25)], abs=0.005)
+
+
+def test_pictures_in_a_folder_are_shown_over_and_over(tmp_path: Path, save_image: Callable[[Path, np.ndarray], Path]) -> None:
+    for index in range(3):
+        save_image(tmp_path / f"{index}.png", np.full((8, 8, 3), 80 * index, np.uint8))
+    frames = list(Source(f"file://{tmp_path}?loop=2"))
+    assert [int(frame.image.mean()) for frame in frames] == [0, 80, 160] * 2
+    assert [frame.time_s for frame in frames] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]

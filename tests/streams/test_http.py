@@ -66,7 +66,8 @@ def server(media: Path, gst_run: GstRun, tmp_path_factory: pytest.TempPathFactor
     (folder / "text.mp4").write_text("not a video\n" * 200)
     picture = "videotestsrc pattern=ball num-buffers=50 ! video/x-raw,format=I420,width=160,height=120,framerate=25/1"
     for part in ("a.ts", "b.ts"):
-        gst_run(f"{picture} ! x264enc speed-preset=ultrafast key-int-max=25 ! h264parse ! mpegtsmux ! filesink name=out", folder / part)
+        coder = "x264enc speed-preset=ultrafast key-int-max=25 ! h264parse"
+        gst_run(f"{picture} ! {coder} ! mpegtsmux ! filesink name=out", folder / part)
     (folder / "list.m3u8").write_text(
         "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:2\n#EXT-X-MEDIA-SEQUENCE:0\n"
         "#EXTINF:2.0,\na.ts\n#EXT-X-DISCONTINUITY\n#EXTINF:2.0,\nb.ts\n#EXT-X-ENDLIST\n"

@@ -19,7 +19,7 @@ SHAPE = (3, 5, 3)
 
 
 def padded_sample(width: int, height: int, stride: int, offset: int, seed: int) -> tuple[Any, np.ndarray]:
-    """A sample of RGB in rows of that many bytes that begin at an offset, all bytes of it random; and what it shows, row by row."""
+    """A sample of random RGB in rows of that many bytes from an offset on; and what it shows, row by row."""
     gst = load_gst()
     from gi.repository import GstVideo
 
@@ -27,9 +27,8 @@ def padded_sample(width: int, height: int, stride: int, offset: int, seed: int) 
     buffer = gst.Buffer.new_wrapped(data)
     caps = gst.Caps.from_string(f"video/x-raw,format=RGB,width={width},height={height},framerate=1/1")
     if (stride, offset) != ((3 * width + 3) // 4 * 4, 0):  # as hardware does, and says on the buffer
-        GstVideo.buffer_add_video_meta_full(
-            buffer, GstVideo.VideoFrameFlags.NONE, GstVideo.VideoFormat.RGB, width, height, 1, [offset, 0, 0, 0], [stride, 0, 0, 0]
-        )
+        kind = (GstVideo.VideoFrameFlags.NONE, GstVideo.VideoFormat.RGB)
+        GstVideo.buffer_add_video_meta_full(buffer, *kind, width, height, 1, [offset, 0, 0, 0], [stride, 0, 0, 0])
     rows = [list(data[offset + y * stride : offset + y * stride + 3 * width]) for y in range(height)]
     return gst.Sample.new(buffer, caps, None, None), np.array(rows, np.uint8).reshape(height, width, 3)
 

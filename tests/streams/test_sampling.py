@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepsight.streams import Sampler, UsageError
+from keepsight.streams import Sampler, Source, UsageError, write_video
+from keepsight.streams.sampling import ChangeSampler
 
 
 @given(st.lists(st.floats(0, 0.5), min_size=1, max_size=200), st.floats(0.2, 30))
@@ -54,3 +58,80 @@ def test_after_a_gap_one_frame_is_taken_not_the_backlog() -> None:
 def test_a_rate_that_makes_no_sense_is_refused(fps: float) -> None:
     with pytest.raises(UsageError, match="sampling rate"):
         Sampler(fps)
+
+
+def test_every_nth_frame_is_counted_and_not_timed(numbered: Path) -> None:
+    frames = list(Source(numbered, every=7))
+    assert [round(frame.image.mean() / 4) for frame in frames] == list(range(0, 60, 7))
+    assert [frame.index for frame in frames] == list(range(9))
+
+
+def test_every_nth_of_pictures_that_lie_ready(tmp_path: Path) -> None:
+    np.save(tmp_path / "n.npy", np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8))
+    assert [int(frame.image[0, 0, 0]) for frame in Source(tmp_path / "n.npy", every=4)] == [0, 4, 8]
+
+
+def plain_luma_difference(a: np.ndarray, b: np.ndarray, parts: int = 16) -> float:
+    """The difference of two pictures as the policy describes it, pixel by pixel; sides are multiples of the parts."""
+    total = 0.0
+    height, width = a.shape[0] // parts, a.shape[1] // parts
+    for row in range(parts):
+        for column in range(parts):
+            means = []
+            for image in (a, b):
+                values = [
+                    0.299 * float(r) + 0.587 * float(g) + 0.114 * float(b)
+                    for line in image[row * height : (row + 1) * height]
+                    for r, g, b in line[column * width : (column + 1) * width]
+                ]
+                means.append(sum(values) / len(values))
+            total += abs(means[0] - means[1])
+    return total / parts**2
+
+
+def test_the_difference_of_two_pictures_is_that_of_their_lumas_parts() -> None:
+    random = np.random.default_rng(4)
+    a, b = (random.integers(0, 256, (48, 64, 3), np.uint8) for _ in range(2))
+    sampler = ChangeSampler(1)
+    sampler.take_picture(0, a)
+    sampler.take_picture(1, b)
+    assert sampler.difference == pytest.approx(plain_luma_difference(a, b), abs=1e-3)
+
+
+def test_what_differs_is_kept_and_what_stands_still_now_and_then() -> None:
+    still, moved = np.full((60, 80, 3), 100, np.uint8), np.full((60, 80, 3), 100, np.uint8)
+    moved[:30, :40] = 140  # a quarter of the picture by 40 levels: 10 on average
+    sampler = ChangeSampler(9, floor_s=5)
+    pictures = [still] * 12 + [moved] * 3 + [still] * 2
+    kept = [second for second, picture in enumerate(pictures) if sampler.take_picture(float(second), picture)]
+    assert kept == [0, 5, 10, 12, 15]
+    deaf = ChangeSampler(11, floor_s=100)
+    assert [second for second, picture in enumerate(pictures) if deaf.take_picture(float(second), picture)] == [0]
+
+
+def test_slow_drift_adds_up_against_the_frame_that_was_kept() -> None:
+    sampler = ChangeSampler(4.9, floor_s=1000)  # the weights of luma add up to 1 but for rounding
+    kept = [level for level in range(30) if sampler.take_picture(level, np.full((20, 20, 3), level, np.uint8))]
+    assert kept == [0, 5, 10, 15, 20, 25]
+
+
+def test_a_file_is_sampled_on_change(tmp_path: Path) -> None:
+    scenes = [30] * 20 + [200] * 20 + [90] * 20
+    write_video(tmp_path / "cuts.mp4", (np.full((48, 64, 3), grey, np.uint8) for grey in scenes), fps=10)
+    frames = list(Source(tmp_path / "cuts.mp4", change=5))
+    assert [round(frame.time_s, 1) for frame in frames] == [0, 2, 4]
+
+
+BAD = [
+    ({"every": 0}, "every=0"),
+    ({"every": 2.5}, "every=2.5"),
+    ({"change": 0}, "change=0"),
+    ({"change": float("nan")}, "change=nan"),
+    ({"fps": 1, "every": 2}, "fps and every"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), BAD)
+def test_a_policy_that_makes_no_sense_is_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Source("a.mp4", **options)

@@ -161,8 +161,8 @@ def test_a_secret_goes_to_the_server_and_not_into_a_message() -> None:
 
 SCHEMES = ("", "file://", "test://", "v4l2://", "csi://", "rtsp://", "rtsps://", "rtp://", "http://", "https://", "srt://", "x://")
 words = st.sampled_from(
-    ["?", "&", "=", ":", "@", "/", "#", "%", "%00", "[::1]", "loop", "fps", "flip", "width", "latency", "payload", "live", "1", "30000/1001",
-     "ball", "h", "/dev/video0", "\ud800", "\0", "\u00b2", "~", "token", "1e9"]
+    ["?", "&", "=", ":", "@", "/", "#", "%", "%00", "[::1]", "loop", "fps", "flip", "width", "latency", "payload", "live", "1",
+     "30000/1001", "ball", "h", "/dev/video0", "\ud800", "\0", "\u00b2", "~", "token", "1e9"]
 )  # fmt: skip
 addresses = st.builds(str.__add__, st.sampled_from(SCHEMES), st.one_of(st.text(), st.lists(words, max_size=12).map("".join)))
 
@@ -180,7 +180,7 @@ def test_any_text_is_an_address_or_a_usage_error(text: str) -> None:
 # Letters that no address has otherwise, so that a find is a leak.
 secret_texts = st.text("QZ0123456789!$*+,;:#?%QZ", min_size=1, max_size=12).map(lambda text: f"QZ{text}ZQ")
 hosts = st.sampled_from(["h", "10.0.0.5", "h:8554", "h:port", "", "[::1]:8554", "ball", "0", "h h"])
-queries = st.sampled_from(["", "?latency=5", "?latency=x", "?fps=0", "?width=2", "?nope=1", "?transport=udp", "?loop=1", "?flip=no"])
+queries = st.sampled_from(["", "?latency=5", "?latency=x", "?fps=0", "?width=2", "?nope=1", "?transport=udp", "?loop=1"])
 
 
 @given(st.sampled_from(SCHEMES[2:]), secret_texts, hosts, queries)
