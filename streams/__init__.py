@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from keepsight.streams.audio import Audio, Sound
 from keepsight.streams.backoff import Reconnect
+from keepsight.streams.clips import Clip, clip
 from keepsight.streams.encode import write_video
 from keepsight.streams.errors import (
     BundleError,
@@ -32,6 +33,9 @@ from keepsight.streams.errors import (
 from keepsight.streams.events import Event
 from keepsight.streams.frame import Frame
 from keepsight.streams.live import LiveSource
+from keepsight.streams.many import Budget, Cameras
+from keepsight.streams.preview import Preview
+from keepsight.streams.record import Recorder
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.snippet import Snippet, Snippets
 from keepsight.streams.source import Source
@@ -39,8 +43,11 @@ from keepsight.streams.uri import SourceURI
 
 __all__ = [
     "Audio",
+    "Budget",
     "BundleError",
+    "Cameras",
     "CheckpointError",
+    "Clip",
     "DatasetError",
     "EngineError",
     "Event",
@@ -52,7 +59,9 @@ __all__ = [
     "MissingModelError",
     "NoFrameError",
     "ParityError",
+    "Preview",
     "Reconnect",
+    "Recorder",
     "Sampler",
     "Snippet",
     "Snippets",
@@ -63,5 +72,6 @@ __all__ = [
     "SourceURI",
     "SourceUnreadableError",
     "UsageError",
+    "clip",
     "write_video",
 ]

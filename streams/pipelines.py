@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -246,6 +247,7 @@ def _raw_caps(media: str, options: Mapping[str, Option]) -> str:
 _CODED_CAPS = ";".join(
     ("video/x-h264", "video/x-h265", "image/jpeg", "video/x-vp8", "video/x-vp9", "video/x-av1", "video/mpeg", "video/x-h263")
 )
+_PARSED_CAPS = re.sub(r"(video/x-h26[45])", r"\1,parsed=(boolean)true", _CODED_CAPS)
 
 
 def _places(head: _Head, branches: Sequence[Branch], board: Board) -> tuple[tuple[Place, ...], tuple[Piece, ...]]:
@@ -280,9 +282,11 @@ def _parted(pieces: list[Piece]) -> list[Piece]:
     if pieces[at - 1].stage == "parse":
         return [*pieces[:at], Piece("parse", f"tee name={CODED}", ("tee",)), *pieces[at:]]
     # The capture asks the element DECODER which streams there are: that is now the parser.
-    parse = f"parsebin name={DECODER} ! capsfilter caps={_CODED_CAPS} ! tee name={CODED}"
+    # A decodebin that stops at parsed pictures, not a parsebin: that leaves an RTP depayloader at single NAL units, and where
+    # headers stand before each slice of a key frame, the parser behind it tears the picture apart.
+    parse = f'decodebin name={DECODER} caps="{_PARSED_CAPS}" ! capsfilter caps={_CODED_CAPS} ! tee name={CODED}'
     decode = Piece("decode", "decodebin", ("decodebin",))
-    return [*pieces[:at], Piece("parse", parse, ("parsebin", "capsfilter", "tee")), decode, *pieces[at + 1 :]]
+    return [*pieces[:at], Piece("parse", parse, ("decodebin", "capsfilter", "tee")), decode, *pieces[at + 1 :]]
 
 
 # What brings pictures on a tee to a branch that wants them in host memory.

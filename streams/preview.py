@@ -97,10 +97,11 @@ class Preview:
         """What to give to a `Source` or a `LiveSource`, of which the page then shows the pictures under this name."""
         view = self._views.setdefault(name, _View())
         # While nobody looks on, pictures end at the valve. (Behind it, videorate would make up for the time that it was closed.)
+        # A JPEG's numbers are of BT.601 and the full range; jpegenc does not convert.
         launch = (
             f"videorate drop-only=true max-rate={self._fps} ! valve name={_VALVE} drop=true "
             "! videoscale add-borders=false ! videoconvert "
-            f"! capsfilter caps=video/x-raw,format=I420,pixel-aspect-ratio=1/1,width=[2,{self._width}] "
+            f"! capsfilter caps=video/x-raw,format=I420,colorimetry=1:4:0:0,pixel-aspect-ratio=1/1,width=[2,{self._width}] "
             f"! jpegenc quality={self._quality} ! appsink name={_PICTURES} sync=false max-buffers=1 drop=true emit-signals=true"
         )
         elements = ("valve", "videorate", "videoconvert", "videoscale", "capsfilter", "jpegenc", "appsink")

@@ -28,8 +28,8 @@ _LEAST_BYTES = 100_000
 _ENTRY = "record"
 
 # MPEG-TS needs no index and no end: a file that breaks off plays up to there, and pictures that are shown in another order than
-# they are sent keep both times. It has H.264 and H.265; anything else (MJPEG, VP8...) goes into Matroska, which may break off, too,
-# and keeps one time, enough for pictures that are never reordered. Fragmented MP4 lost the whole open segment at kill -9 (1.22).
+# they are sent keep both times. It has H.264 and H.265; anything else (MJPEG, VP8...) goes into Matroska, which may break off,
+# too, and keeps one time, enough for pictures that are never reordered. Fragmented MP4 lost the whole open segment at kill -9 (1.22).
 _PARSERS = {"video/x-h264": "h264parse", "video/x-h265": "h265parse"}
 
 _log = logging.getLogger("keepsight.streams")
@@ -56,7 +56,8 @@ class Recorder:
     Nothing is encoded again where the source is H.264, H.265, MJPEG or another coded video; what comes raw (csi, v4l2, test) is
     encoded once, to H.264. Every connection to a camera starts a new segment, and each begins with a key frame.
 
-    A killed process loses its last group of pictures (from one key frame to the next): splitmuxsink writes it at its end. A source that is lost by its own end loses nothing; one that is closed, or given up because it hangs, that group too.
+    A killed process loses its last group of pictures (from one key frame to the next): splitmuxsink writes a group at its end. A
+    source that is lost by its own end loses nothing; one that is closed, or given up because it hangs, that group too.
 
     When it can't write (a full disk, a folder that was deleted), it stops, says so once, and tries again with the next
     connection to the source. The frames go on.
@@ -213,6 +214,8 @@ class _Writer:
         for pad in list(side.srcpads):  # the bin offered the entry's open end to the outside
             pad.set_target(None)
             side.remove_pad(pad)
+        # splitmuxsink waits for its first group of pictures; the pipeline, and its other sinks, must not.
+        side.set_property("async-handling", True)
         parser = _PARSERS.get(media)
         sink = make("filesink")
         sink.set_property("buffer-mode", 2)  # none: what a killed process had in its own buffers would be lost
@@ -238,11 +241,15 @@ class _Writer:
 
     def _location(self, splitter: Any, number: int, sample: Any, suffix: str) -> str:
         start_s = time.time()
-        buffer, clock = sample.get_buffer(), splitter.get_clock()
+        buffer = sample.get_buffer()
         running = sample.get_segment().to_running_time(self._gst.Format.TIME, buffer.pts)
-        if clock is not None and running != self._gst.CLOCK_TIME_NONE:
+        pipeline = splitter  # its own base time comes later, with its state
+        while pipeline.get_parent() is not None:
+            pipeline = pipeline.get_parent()
+        clock, is_playing = pipeline.get_clock(), pipeline.get_state(0)[1] == self._gst.State.PLAYING
+        if clock is not None and is_playing and running != self._gst.CLOCK_TIME_NONE:
             # As old as the picture: splitmuxsink names a file only when its first group is complete.
-            start_s -= max(0.0, (clock.get_time() - splitter.get_base_time() - running) / self._gst.SECOND)
+            start_s -= max(0.0, (clock.get_time() - pipeline.get_base_time() - running) / self._gst.SECOND)
         return str(self._recorder._begin(start_s, suffix))
 
 

@@ -12,15 +12,13 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from keepsight.streams.errors import KeepsightError, SourceUnreadableError, UsageError
 from keepsight.streams.gst import first_error, launch, load_gst, require_elements
 from keepsight.streams.recorded import Segment, segments_in
 
-__all__ = ["Clip", "add_clip", "clip", "parse_moment"]
+__all__ = ["Clip", "clip", "moment_text", "parse_moment"]
 
 _MUXERS = {".mp4": "mp4mux", ".mkv": "matroskamux"}
 _DEMUXERS = {".ts": "tsdemux", ".mkv": "matroskademux"}
@@ -94,7 +92,7 @@ def clip(folder: str | os.PathLike[str], start_s: float, end_s: float, out: str 
     """
     path = Path(out)
     if not (math.isfinite(start_s) and math.isfinite(end_s) and start_s < end_s):
-        raise UsageError(f"from {_text(start_s)} to {_text(end_s)} is no time.", fix="Give the earlier moment first.")
+        raise UsageError(f"from {moment_text(start_s)} to {moment_text(end_s)} is no time.", fix="Give the earlier moment first.")
     if path.suffix.lower() not in _MUXERS:
         raise UsageError(f"{path} is no kind of clip.", fix="Name an .mp4 or .mkv file.")
     segments = segments_in(Path(folder))
@@ -102,7 +100,7 @@ def clip(folder: str | os.PathLike[str], start_s: float, end_s: float, out: str 
     first = next(pictures, None)
     if first is None:
         raise UsageError(
-            f"nothing is recorded in {folder} from {_text(start_s)} to {_text(end_s)}.", fix=_covers(Path(folder), segments)
+            f"nothing is recorded in {folder} from {moment_text(start_s)} to {moment_text(end_s)}.", fix=_covers(Path(folder), segments)
         )
     partial = path.with_name(f"{path.name}.part")
     try:
@@ -111,23 +109,6 @@ def clip(folder: str | os.PathLike[str], start_s: float, end_s: float, out: str 
     finally:
         partial.unlink(missing_ok=True)
     return Clip(path, written.start_s, written.end_s, written.frames, tuple(written.gaps))
-
-
-def add_clip(group: typer.Typer) -> None:
-    """Add the command to the group `stream`."""
-
-    @group.command("clip")
-    def clip_command(
-        folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that was given to --record.")],
-        between: Annotated[tuple[str, str], typer.Option(metavar="START END", help="Two moments: 14:00 14:05, or ISO dates.")],
-        out: Annotated[Path, typer.Option(help="The .mp4 or .mkv to write.")],
-    ) -> None:
-        """Cut a clip out of a recording, as it was recorded: from the key frame before the start on."""
-        start_s, end_s = between
-        made = clip(folder, parse_moment(start_s), parse_moment(end_s), out)
-        typer.echo(f"{made.path}: {_text(made.start_s)} to {_text(made.end_s)}, {made.frames} pictures")
-        for gap in made.gaps:
-            typer.echo(f"nothing was recorded from {_text(gap[0])} to {_text(gap[1])}")
 
 
 def parse_moment(text: str, now_s: float | None = None) -> float:
@@ -147,6 +128,14 @@ def parse_moment(text: str, now_s: float | None = None) -> float:
         return datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith("Z") else text).timestamp()
     except ValueError:
         raise UsageError(f"{text!r} is no time.", fix="Write 14:05, 14:05:30 or 2026-11-24T14:05:30.") from None
+
+
+def moment_text(moment_s: float) -> str:
+    """A moment, in seconds since 1970, as the clock on the wall shows it."""
+    try:
+        return datetime.fromtimestamp(moment_s).astimezone().isoformat(sep=" ", timespec="seconds")
+    except (ValueError, OverflowError):
+        return f"{moment_s:g}"
 
 
 def _chosen(segments: Sequence[Segment], start_s: float, end_s: float) -> list[Segment]:
@@ -303,7 +292,7 @@ def _write(partial: Path, path: Path, first: _Picture, others: Iterator[_Picture
         for picture in _chained(first, others):
             if picture.caps != first.caps:
                 raise SourceUnreadableError(
-                    f"the camera changed from {first.caps} to {picture.caps} at {_text(picture.at_s)}.",
+                    f"the camera changed from {first.caps} to {picture.caps} at {moment_text(picture.at_s)}.",
                     fix="Cut a clip before that moment, and one after it.",
                 )
             _wait_for_room(gst, source, bus, path)
@@ -353,11 +342,4 @@ def _failure(path: Path, message: Any) -> KeepsightError:
 def _covers(folder: Path, segments: Sequence[Segment]) -> str:
     if not segments:
         return f"{folder} has no segment yet."
-    return f"What is recorded begins at {_text(segments[0].start_s)}; its newest segment, at {_text(segments[-1].start_s)}."
-
-
-def _text(moment_s: float) -> str:
-    try:
-        return datetime.fromtimestamp(moment_s).astimezone().isoformat(sep=" ", timespec="seconds")
-    except (ValueError, OverflowError):
-        return f"{moment_s:g}"
+    return f"What is recorded begins at {moment_text(segments[0].start_s)}; its newest segment, at {moment_text(segments[-1].start_s)}."
