@@ -24,6 +24,7 @@ from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.concat import ConcatQuestion, frames_that_fit
 from keepsight.runtime.engine import Tensor
 from keepsight.runtime.evidence import Evidence, evidence_of, moments_of
+from keepsight.runtime.feature_history import FeatureHistory
 from keepsight.runtime.feature_log import FeatureLog
 from keepsight.runtime.gate import FrameGate
 from keepsight.runtime.keyframes import KeyFrames
@@ -113,6 +114,7 @@ class Session:
         self._unclaimed: dict[str, Mapping[str, Array]] = {}  # of a snapshot, until their owner comes
         self._source: str | None = None
         self._follows: Frame | None = None  # newest frame of a log that goes on
+        self._frame_s = 1 / bundle.manifest.sample_fps  # from one frame of the memory to the next
         self._position_s: float | None = None  # of a restored snapshot in its source, until a source is watched
 
     def source(self, uri: str, *, realtime: bool = False, fps: float | None = None) -> Source:
@@ -355,7 +357,7 @@ class Session:
         frame, now_s = self._newest, max(self.time_s, 0.0)
         if frame is not None and self.clock.dated:
             now_s += max(0.0, time.monotonic() - frame.captured_at)
-        return Calendar(self.clock, now_s, 1 / self.bundle.manifest.sample_fps)
+        return Calendar(self.clock, now_s, self._frame_s)
 
     def _perceive(
         self, question: str | Standing, prompt: str | None, visible: NDArray[np.bool_] | None = None
@@ -390,7 +392,7 @@ class Session:
         )  # fmt: skip
 
     def _evidence(self, attention: NDArray[np.float32], interval: Interval | None) -> Evidence:
-        bank, frame_s = self._qformer.bank, 1 / self.bundle.manifest.sample_fps
+        bank, frame_s = self._qformer.bank, self._frame_s
         moments = moments_of(attention, bank.first_s[0], bank.last_s[0], frame_s=frame_s, interval=interval)
         return evidence_of(moments, self.key_frames, frame_s)
 
@@ -543,7 +545,7 @@ class Session:
 
         self.observe(offer)
 
-    def recall(self, log: FeatureLog, since_s: float, until_s: float) -> Session:
+    def recall(self, log: FeatureLog | FeatureHistory, since_s: float, until_s: float) -> Session:
         """A session over an exact memory of an interval: as if its stream had begun there, one frame for each record.
 
         It shares graphs, language model and lock with this one, and is asked in words (a replay), not watched. Close this one
@@ -558,6 +560,9 @@ class Session:
         recalled._close, recalled._watcher = ExitStack(), None
         recalled._standing, recalled._observers, recalled._parts, recalled._unclaimed = [], [], {}, {}
         recalled._newest, recalled._cost = None, FrameCost(0.0, 0.0, 0.0)
+        recalled._frame_s = max(self._frame_s, log.every_s)
+        if isinstance(log, FeatureHistory):
+            recalled.clock = log.clock
         for record in log.read(since_s, until_s):
             with self._memory_lock:
                 recalled._qformer.remember(record.features.astype(np.float32), record.time_s)
