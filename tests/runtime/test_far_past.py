@@ -223,6 +223,11 @@ def test_a_clock_that_jumped_at_boot_dates_what_was_before(bundle: Bundle, tmp_p
     dated = {record.time_s: record.wall_s - NOON for record in history.read()}
     assert dated == pytest.approx({t: t if t < 60 else 600 + t for t in (*range(8), *range(60, 64))}, rel=0, abs=1e-3)
     assert history.calendar.interval(TypedInterval(between=("2026-11-24T12:00:02", "2026-11-24T12:00:05"))) == Interval(2.0, 5.0)
+    with Session(bundle) as session:
+        recalled = recall(session, history, Interval(2.0, 5.0))
+        assert recalled.calendar.iso(2.0) == history.calendar.iso(2.0) and recalled.newest is not None
+        assert recalled.newest.age_ms / 1000 == pytest.approx(max(time.time() - NOON - 5, 0.0), abs=5)
+        assert recalled.calendar.tolerance_s == 1.0 and not session.clock.dated
     report = describe_history(history)
     assert (report["live"], report["runs"], report["clock_jumps"]) == (True, 2, 1)
     assert datetime.fromisoformat(report["start"]).timestamp() == pytest.approx(NOON, abs=1e-3)
@@ -315,15 +320,15 @@ def damage(path: Path, offset: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("where", ["header", "time", "wall"])
+@pytest.mark.parametrize("where", ["header", "time", "time of a file", "wall"])
 def test_what_is_damaged_is_named_and_the_rest_can_be_asked(
     bundle: Bundle, tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with opened(tmp_path, bundle) as log:
+    with opened(tmp_path, bundle, live=where != "time of a file") as log:
         fill(log, range(10))
     bad = sorted(tmp_path.glob("*.features"))[2]  # seconds 4 and 5
     start = bad.stat().st_size - 2 * RECORD
-    damage(bad, {"header": 40, "time": start + 7, "wall": start + 15}[where])
+    damage(bad, {"header": 40, "time": start + 7, "time of a file": start + 6, "wall": start + 15}[where])
     history = FeatureHistory(tmp_path, bundle)
     assert len(history.damaged) == 1 and str(bad) in str(history.damaged[0])
     assert history.records == (8 if where == "header" else 9) and history.clock.jumps == 0
