@@ -17,7 +17,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from keepsight.runtime import resume
 from keepsight.runtime.answer import NOTHING_REMEMBERED, Answer, AnswerStream, LatencyTrace, Mode
 from keepsight.runtime.backends import Engines
 from keepsight.runtime.bundle import Bundle
@@ -35,6 +34,7 @@ from keepsight.runtime.memory import Policy
 from keepsight.runtime.moments import Calendar
 from keepsight.runtime.qformer import Prompt, QFormer, SoftPrompt, StandingQuestion
 from keepsight.runtime.ranking import Ranking, checked_options
+from keepsight.runtime.resume import Resume
 from keepsight.runtime.snapshot import Array, Part, Question, SavedFrame, Snapshot, fingerprint
 from keepsight.runtime.timeline import Clock, Interval, remembered, seen_within
 from keepsight.runtime.watcher import Watcher
@@ -114,10 +114,8 @@ class Session:
         self._observers: list[Callable[[Tensor, Frame], None]] = []
         self._parts: dict[str, Part] = {"clock": self.clock, "key frames": self.key_frames}
         self._unclaimed: dict[str, Mapping[str, Array]] = {}  # of a snapshot, until their owner comes
-        self._source: str | None = None
-        self._follows: Frame | None = None  # newest frame of a log that goes on
+        self._resume = Resume()
         self._frame_s = 1 / bundle.manifest.sample_fps  # from one frame of the memory to the next
-        self._position_s: float | None = None  # of a restored snapshot in its source, until a source is watched
 
     def source(self, uri: str, *, realtime: bool = False, fps: float | None = None) -> Source:
         """Open a source scaled and sampled as the bundle's manifest says; a file can play in real time as a camera."""
@@ -219,7 +217,7 @@ class Session:
             self._qformer.bank.reset()
             self._standing.clear()
             self._unclaimed.clear()
-            self._newest = self._follows = self._source = self._position_s = None
+            self._newest, self._resume = None, Resume()
             self.clock.reset()
             self.key_frames.reset()
 
@@ -446,7 +444,7 @@ class Session:
                 fingerprint=self._fingerprint,
                 variant=self.bundle.variant,
                 policy=self._qformer.policy,
-                source=self._source,
+                source=self._resume.source,
                 saved_at=time.time(),
                 newest=None if self._newest is None else SavedFrame.of(self._newest),
                 visual=self._qformer.bank_state(kv=kv),
@@ -496,7 +494,7 @@ class Session:
             ]
             self._newest = None if snapshot.newest is None else snapshot.newest.as_frame()
             self._cost = FrameCost(0.0, 0.0, 0.0)
-            self._source, self._position_s = snapshot.source, snapshot.time_s
+            self._resume.restored(snapshot.source, snapshot.time_s)
             self._unclaimed = {name: state for name, state in snapshot.parts.items() if name not in self._parts}
             for name in self._parts.keys() & snapshot.parts.keys():
                 self._parts[name].restore(snapshot.parts[name])
@@ -513,16 +511,7 @@ class Session:
         snapshot was taken in goes on from there, its earlier frames skipped; another file after a restore is dated as a camera.
         Without a restore, a file keeps its own time.
         """
-        name = resume.source_name(source.uri)
-        restored_s, self._position_s = self._position_s, None
-        elsewhere = source.uri.is_camera or name != self._source
-        self._source = name
-        known = [frame for frame in (self._newest, self._follows) if frame is not None]
-        if not known or (restored_s is None and not source.uri.is_camera):
-            return iter(source)
-        if elsewhere or restored_s is None:
-            return resume.after(max(known, key=lambda frame: frame.time_s), source)
-        return resume.beyond(restored_s, source)
+        return self._resume.frames(source, self._newest)
 
     def log_features(self, log: FeatureLog, *, on_error: Callable[[KeepsightError], None] | None = None) -> None:
         """Log features of every frame that is due from here on; cameras are dated behind what the log has.
@@ -532,7 +521,7 @@ class Session:
             on_error: called where a record can't be written; by default the error stops what feeds the session.
         """
         if log.newest is not None:
-            self._follows = SavedFrame(
+            self._resume.follows = SavedFrame(
                 np.zeros((0, 0, 3), np.uint8), log.newest.time_s, log.newest.wall_s, log.newest.index
             ).as_frame()
 
@@ -559,7 +548,7 @@ class Session:
         """
         recalled = copy.copy(self)
         recalled._qformer = self._qformer.with_empty_bank()
-        recalled._close, recalled._watcher = ExitStack(), None
+        recalled._close, recalled._watcher, recalled._resume = ExitStack(), None, Resume()
         recalled._standing, recalled._observers, recalled._parts, recalled._unclaimed = [], [], {}, {}
         recalled._newest, recalled._cost = None, FrameCost(0.0, 0.0, 0.0)
         recalled._frame_s = max(self._frame_s, log.every_s)
