@@ -185,14 +185,14 @@ def verify(
 
     On another backend than the CPU, and without --against, its engines are compared with its ONNX files.
     """
+    from keepsight.export.asked_questions import refuse_blank
     from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle
     from keepsight.runtime.parity import write_report
 
     # Hashes are not checked here: the question is what the files compute.
     _check_pixels(pixels, against, clip, backend)
-    if not all(text.strip() for text in question or ()):
-        raise UsageError("A question is empty.", fix="Ask something, or leave --question out.")
+    refuse_blank(question or ())
     opened = Bundle.open(bundle, variant=variant, verify=False)
     with open_engines(opened, backend, cuda_graphs=cuda_graphs) as engines:
         if against is not None and against.suffix == ".npz":

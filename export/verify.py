@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from keepsight.export.asked_questions import refuse_blank
 from keepsight.export.checkpoints import Checkpoint
 from keepsight.export.convert import dims_of, position_policy, positioned
 from keepsight.export.eva import EvaVision
@@ -134,10 +135,11 @@ def verify(
     backend than the CPU; they are closed when done.
 
     Raises:
-        UsageError: no frames, or no question; or a variant in 8 bits, which rounds what it was made from.
+        UsageError: no frames, or no question, or an empty one; or a variant in 8 bits, which rounds what it was made from.
     """
     if not len(frames) or not questions:
         raise UsageError("verifying needs at least one frame and one question.")
+    refuse_blank(questions)
     if bundle.precision("vision") not in PROMPT_LIMITS:
         raise UsageError(
             f"vision of the variant {bundle.variant} is no conversion of the source, but rounds it to 8 bits.",

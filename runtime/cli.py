@@ -32,6 +32,7 @@ from keepsight.runtime.options import (
     RecordBytesOption,
     RecordOption,
     SaveEveryOption,
+    ScoreName,
     ScoreOption,
     SinceOption,
     SnapshotKVOption,
@@ -42,6 +43,8 @@ from keepsight.runtime.options import (
 from keepsight.streams.errors import KeepsightError, UsageError
 
 if TYPE_CHECKING:
+    from keepsight.runtime.feature_history import FeatureHistory
+    from keepsight.runtime.moments import TypedInterval
     from keepsight.runtime.session import Session
 
 INTERRUPTED = 130
@@ -74,7 +77,8 @@ def demo(
 @app.command()
 def ask(
     source: Annotated[
-        str, typer.Argument(help="A file, rtsp://, /dev/video0, test://ball, a directory of pictures, .npy; or a snapshot.")
+        str,
+        typer.Argument(help="A file, rtsp://, /dev/video0, test://ball, a folder of pictures, .npy; a snapshot; a feature log."),
     ],
     question: Annotated[str | None, typer.Argument(help="The question.")] = None,
     bundle: BundleOption = "tiny",
@@ -103,8 +107,10 @@ def ask(
 ) -> None:
     """Watch a file to its end (or --when), or a live source for --seconds, then answer one question.
 
-    A snapshot that `run --snapshot` saved is not watched but restored, and answers at once.
+    A snapshot that `run --snapshot` saved is not watched but restored, and answers at once. Of a folder that `run --feature-log`
+    writes, the exact memory of the interval is built again (without an interval: of all of it).
     """
+    from keepsight.runtime.feature_history import is_feature_log
     from keepsight.runtime.keep import ask_saved
     from keepsight.runtime.moments import typed_interval
     from keepsight.runtime.show import show_answer
@@ -114,6 +120,12 @@ def ask(
     question = _one_of(question, prompt)
     choices = None if options is None else _choices(options)
     typed = typed_interval(since, at, between)
+    if is_feature_log(source):
+        _refuse_for_log(when=when, mode=mode, evidence=evidence, memory=memory, gate=gate)
+        history = _history(source, bundle, variant)
+        with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
+            _ask_log(session, history, question, typed, prompt=prompt, choices=choices, score=score, as_json=as_json)
+        return
     if typed is not None and mode == "standing":
         raise UsageError(
             "A standing question has mixed all times it has seen, and can't be limited to some.", fix="Use --mode replay."
@@ -149,7 +161,9 @@ def ask(
 
 @app.command("memory")
 def show_memory(
-    source: Annotated[str, typer.Argument(help="A file, watched to its end; a live source, for --seconds; or a snapshot.")],
+    source: Annotated[
+        str, typer.Argument(help="A file, watched to its end; a live source, for --seconds; a snapshot; a feature log.")
+    ],
     bundle: BundleOption = "tiny",
     seconds: Annotated[float, typer.Option(help="How long to watch a live source.")] = 10.0,
     png: Annotated[Path | None, typer.Option(help="Draw it: what each visual token keeps of every time.")] = None,
@@ -162,11 +176,26 @@ def show_memory(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What is remembered after a source, or in a snapshot: the timeline as a table, as JSON, or as a picture."""
+    """What is remembered after a source, in a snapshot or in a feature log: the timeline as a table, JSON or picture.
+
+    The picture of a feature log is that of the memory built from all of it.
+    """
+    from keepsight.runtime.far_past import recall
+    from keepsight.runtime.feature_history import is_feature_log
+    from keepsight.runtime.history_report import show_history
+    from keepsight.runtime.memory_picture import save_picture
     from keepsight.runtime.show import show_timeline
     from keepsight.runtime.snapshot import Snapshot, is_snapshot
     from keepsight.runtime.watch import watch_until
 
+    if is_feature_log(source):
+        _refuse_for_log(key_frames=key_frames, memory=memory, gate=gate)
+        history = _history(source, bundle, variant)
+        if png is not None:
+            with _session(bundle, variant, memory, threads, backend, cuda_graphs, llm=False) as session:
+                save_picture(recall(session, history), png)
+        show_history(history, png=png, as_json=as_json)
+        return
     saved = Snapshot.read(source) if is_snapshot(source) else None
     if saved is None:
         _refuse_missing(source)
@@ -215,7 +244,7 @@ def run(
         ),
         beside(source, preview, record, record_bytes) as branches,
     ):  # fmt: skip
-        converse(session, source, branches=branches)
+        converse(session, source, log=feature_log, branches=branches)
         _tell_gate(session)
 
 
@@ -409,6 +438,41 @@ def _refuse_for_concat(source: str | None, mode: ModeName) -> None:
         raise UsageError(
             f"{opened.uri} is live, and --memory concat grows with every frame.", fix="Give a file, or another memory."
         )
+
+
+def _refuse_for_log(**options: object) -> None:
+    """Refuse what a feature log does not have, before a model is loaded for it."""
+    from keepsight.runtime.far_past import refuse_options
+
+    refuse_options(options)
+
+
+def _ask_log(
+    session: Session,
+    history: FeatureHistory,
+    question: str,
+    typed: TypedInterval | None,
+    *,
+    prompt: str | None,
+    choices: tuple[str, ...] | None,
+    score: ScoreName,
+    as_json: bool,
+) -> None:
+    from keepsight.runtime.far_past import ask_far_past, rank_far_past
+    from keepsight.runtime.show import show_answer
+
+    if choices is None:
+        show_answer(ask_far_past(session, history, question, typed, prompt=prompt), None, as_json=as_json)
+        return
+    ranking = rank_far_past(session, history, question, choices, typed, prompt=prompt, score=score)
+    typer.echo(json.dumps(ranking.as_dict(), ensure_ascii=False) if as_json else str(ranking))
+
+
+def _history(folder: str, bundle: str, variant: str | None) -> FeatureHistory:
+    from keepsight.runtime.bundle import Bundle
+    from keepsight.runtime.feature_history import FeatureHistory
+
+    return FeatureHistory(folder, Bundle.open(bundle, variant=variant))
 
 
 def _session(

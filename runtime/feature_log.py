@@ -21,6 +21,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +56,7 @@ class FeatureLog:
         every_s: k, seconds from one record to the next: the first frame at or after each multiple of it.
         budget_bytes: that all files of the log together never exceed.
         sync_s: seconds after which what was written is synced.
+        live: whether a camera is watched, so that wall times mean something; the seconds of a file are all it has.
         writable: False only reads, and leaves a torn tail as it is.
 
     Raises:
@@ -71,12 +73,14 @@ class FeatureLog:
         every_s: float = 10.0,
         budget_bytes: int = 2 * 10**9,
         sync_s: float = 60.0,
+        live: bool = True,
         writable: bool = True,
     ) -> None:
         if not (math.isfinite(every_s) and every_s > 0):
             raise UsageError(f"a record every {every_s:g} s makes no sense.", fix="Give seconds above 0.")
         self.folder, self.every_s, self.budget_bytes = Path(folder), float(every_s), int(budget_bytes)
-        self._layout = Layout(bundle, self.every_s)
+        self._run = os.urandom(8).hex()
+        self._layout = Layout(bundle, self.every_s, live=live, run=self._run)
         self._sync_s = sync_s
         self._per_segment = self._records_per_segment()
         self._file: BinaryIO | None = None
@@ -209,16 +213,17 @@ class FeatureLog:
         assert self._file is not None
         _write_all(self._file, self._layout.packed(record))
         last = self._segments[-1]
-        self._segments[-1] = Segment(last.path, last.start, last.records + 1)
+        self._segments[-1] = replace(last, records=last.records + 1)
         if time.monotonic() - self._synced >= self._sync_s:
             os.fdatasync(self._file.fileno())
             self._synced = time.monotonic()
 
     def _begin_segment(self) -> None:
-        """Go on in the last segment if it has room, else in a new one, for which the oldest ones make room."""
+        """Go on in the last segment if it is of this run and has room, else in a new one, for which the oldest ones make room."""
         self._close_segment()
-        if self._segments and self._segments[-1].records < self._per_segment:
-            self._file = _opened(self._segments[-1].path, "ab")
+        last = self._segments[-1] if self._segments else None
+        if last is not None and last.run == self._run and last.records < self._per_segment:
+            self._file = _opened(last.path, "ab")
             return
         full = len(self._layout.header) + self._per_segment * self.record_bytes
         while self._segments and self.nbytes + full > self.budget_bytes:
@@ -229,7 +234,7 @@ class FeatureLog:
         self._file = _opened(path, "xb")
         _write_all(self._file, self._layout.header)
         os.fdatasync(self._file.fileno())
-        self._segments.append(Segment(path, len(self._layout.header), 0))
+        self._segments.append(Segment(path, len(self._layout.header), 0, self._run))
         sync_folder(self.folder)
 
     def _close_segment(self) -> None:

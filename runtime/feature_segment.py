@@ -7,7 +7,11 @@ record:    8 time_s float64 | 8 wall time float64 | 8 index int64 | N*C float16 
 ```
 
 Numbers are little-endian; checksums are BLAKE2b of 16 bytes; a segment's header keeps its form in every version. That records are
-of one size is why none needs a length: where one is damaged, the next one's place is known.
+of one size is why none needs a length: where one is damaged, the next one's place is known, and the times of all are read
+without their features.
+
+The JSON has: bundle, fingerprint, variant, shape, every_s; live (whether a camera was watched, so that wall times mean
+something) and run (the process that wrote it: a segment is of one, since a clock that jumps does so within one).
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +32,7 @@ from keepsight.runtime.sections import checksum
 from keepsight.runtime.snapshot import fingerprint
 from keepsight.streams.errors import SnapshotError
 
-__all__ = ["Layout", "Logged", "Segment"]
+__all__ = ["Header", "Layout", "Logged", "Segment", "is_segment", "read_header"]
 
 Float16 = npt.NDArray[np.float16]
 
@@ -59,11 +63,62 @@ class Logged:
 
 @dataclass(frozen=True)
 class Segment:
-    """A file, the bytes before its first record, and how many records it has."""
+    """A file, the bytes before its first record, how many records it has, and whose run wrote it."""
 
     path: Path
     start: int
     records: int
+    run: str = ""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a segment says of itself.
+
+    Attributes:
+        nbytes: of all of it: where the first record begins.
+        version: of the format.
+        about: the JSON.
+    """
+
+    nbytes: int
+    version: int
+    about: Mapping[str, Any]
+
+    @property
+    def every_s(self) -> float:
+        """Seconds from one record to the next."""
+        return float(self.about["every_s"])
+
+    @property
+    def live(self) -> bool:
+        """Whether a camera was watched; segments that do not tell have wall times, and count as such."""
+        return bool(self.about.get("live", True))
+
+    @property
+    def run(self) -> str:
+        """Which process wrote it; empty where that is not told."""
+        return str(self.about.get("run", ""))
+
+
+def is_segment(path: Path) -> bool:
+    """Whether a file begins as a segment does."""
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def read_header(path: Path) -> Header | None:
+    """The header of a segment; None where there is no whole one."""
+    with open(path, "rb") as file:
+        start = file.read(_START.size)
+        if len(start) < _START.size:
+            return None
+        magic, version, length = _START.unpack(start)
+        # Read before it is checked: a damaged length must not ask for gigabytes.
+        text = file.read(min(length, 1 << 16))
+        if magic != MAGIC or file.read(_CHECKSUM_BYTES) != checksum(start + text):
+            return None
+    return Header(len(start) + len(text) + _CHECKSUM_BYTES, version, json.loads(text))
 
 
 class Layout:
@@ -72,14 +127,16 @@ class Layout:
     Args:
         bundle: whose features these are.
         every_s: seconds from one record to the next.
+        live: of segments that are written: whether a camera is watched.
+        run: of segments that are written: which process writes.
     """
 
-    def __init__(self, bundle: Bundle, every_s: float) -> None:
+    def __init__(self, bundle: Bundle, every_s: float, *, live: bool = True, run: str = "") -> None:
         dims = bundle.manifest.dims
         self.shape = (dims.tokens, dims.channels)
         self._own = {
             "bundle": bundle.manifest.name, "fingerprint": fingerprint(bundle), "variant": bundle.variant,
-            "shape": list(self.shape), "every_s": every_s,
+            "shape": list(self.shape), "every_s": every_s, "live": live, "run": run,
         }  # fmt: skip
         text = json.dumps(self._own).encode()
         start = _START.pack(MAGIC, VERSION, len(text)) + text
@@ -110,36 +167,25 @@ class Layout:
         Raises:
             SnapshotError: a damaged header, a newer version, another bundle or interval.
         """
-        start, size = self._start(path), path.stat().st_size
-        if start is None and newest and size < len(self.header) + self.record_bytes:
+        header, size = read_header(path), path.stat().st_size
+        if header is None and newest and size < len(self.header) + self.record_bytes:
             return None
-        if start is None:
+        if header is None:
             raise SnapshotError(
                 f"{path} is damaged: the checksum of its header is wrong.", fix="Delete this one file; the others stay."
             )
-        records = (size - start) // self.record_bytes
-        return Segment(path, start, self._whole(path, start, records) if newest else records)
+        self._check_ours(path, header)
+        records = (size - header.nbytes) // self.record_bytes
+        whole = self._whole(path, header.nbytes, records) if newest else records
+        return Segment(path, header.nbytes, whole, header.run)
 
-    def _start(self, path: Path) -> int | None:
-        """Bytes before the first record; None without a whole header."""
-        with open(path, "rb") as file:
-            start = file.read(_START.size)
-            if len(start) < _START.size:
-                return None
-            magic, version, length = _START.unpack(start)
-            # Read before it is checked: a damaged length must not ask for gigabytes.
-            text = file.read(min(length, 1 << 16))
-            if magic != MAGIC or file.read(_CHECKSUM_BYTES) != checksum(start + text):
-                return None
-        self._check_ours(path, version, text)
-        return len(start) + len(text) + _CHECKSUM_BYTES
-
-    def _check_ours(self, path: Path, version: int, text: bytes) -> None:
-        if version > VERSION:
+    def _check_ours(self, path: Path, header: Header) -> None:
+        if header.version > VERSION:
             raise SnapshotError(
-                f"{path} is of version {version}, this Keepsight reads up to {VERSION}.", fix="Use the Keepsight that wrote it."
+                f"{path} is of version {header.version}, this Keepsight reads up to {VERSION}.",
+                fix="Use the Keepsight that wrote it.",
             )
-        theirs, own = json.loads(text), self._own
+        theirs, own = header.about, self._own
         if theirs["fingerprint"] != own["fingerprint"]:
             raise SnapshotError(
                 f"{path.parent} has features of bundle {theirs['bundle']} ({theirs['fingerprint'][:12]}), this is "
@@ -170,6 +216,17 @@ class Layout:
             file.seek(segment.start)
             for number in range(segment.records):
                 yield self._next(file, segment, number)
+
+    def moments(self, segment: Segment) -> npt.NDArray[np.float64]:
+        """Stream time and wall time of its records, `[records, 2]`, as they stand there: no features read, nothing checked."""
+        found = np.full((segment.records, 2), np.nan)
+        with open(segment.path, "rb", buffering=0) as file:
+            for number in range(segment.records):
+                file.seek(segment.start + number * self.record_bytes)
+                head = file.read(_HEAD.size)
+                if len(head) == _HEAD.size:
+                    found[number] = _HEAD.unpack(head)[:2]
+        return found
 
     def record(self, segment: Segment, number: int) -> Logged | SnapshotError:
         """One of its records, or the error that it is damaged."""

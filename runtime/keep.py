@@ -122,8 +122,9 @@ def _saving(session: Session, path: Path, every_s: float, kv: bool) -> Iterator[
 
 @contextmanager
 def _logging(session: Session, uri: str, folder: Path, every_s: float, budget: int) -> Iterator[None]:
-    with FeatureLog(folder, session.bundle, every_s=every_s, budget_bytes=budget) as log:
-        if not SourceURI.parse(uri).is_camera and log.newest is not None and not session.frames_seen:
+    live = SourceURI.parse(uri).is_camera
+    with FeatureLog(folder, session.bundle, every_s=every_s, budget_bytes=budget, live=live) as log:
+        if not live and log.newest is not None and not session.frames_seen:
             raise UsageError(
                 f"{folder} has a stream up to {log.newest.time_s:.1f} s, and {uri} begins at 0.",
                 fix="Use another folder, or --snapshot to go on.",

@@ -30,16 +30,18 @@ _TIME_OF_DAY = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}(?:\.\d+)?))?")
 _FILE_TIME = re.compile(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)")
 _DATED = "Give a time as 14:05, 14:05:30 or 2026-11-24T14:05"
 _SECONDS = "Give seconds of the file, as 95 or 1:35"
-_WORDS = {"/since": 1, "/at": 1, "/between": 2}
+_WORDS = {"/since": 1, "/at": 1, "/between": 2, "/recall": 2}
+_EXAMPLES = {"/since": "2h", "/at": "14:05", "/between": "14:00 14:05", "/recall": "14:00 14:05"}
 
 
 @dataclass(frozen=True)
 class TypedInterval:
-    """An interval as it was typed; exactly one of the three is given."""
+    """An interval as it was typed; exactly one of the three is given. With `logged` the feature log is asked, not the memory."""
 
     since: str | None = None
     at: str | None = None
     between: tuple[str, str] | None = None
+    logged: bool = False
 
 
 def typed_interval(since: str | None, at: str | None, between: tuple[str, str] | None) -> TypedInterval | None:
@@ -57,6 +59,8 @@ def typed_interval(since: str | None, at: str | None, between: tuple[str, str] |
 def read_line(line: str) -> tuple[TypedInterval | None, str]:
     """An interval and the question, of a typed line such as `/since 2h who came?` or `/between 14:00 14:05 who came?`.
 
+    `/recall 14:00 14:05 who came?` means the same interval of the feature log.
+
     Raises:
         UsageError: another word after the slash, or too few after that.
     """
@@ -65,14 +69,13 @@ def read_line(line: str) -> tuple[TypedInterval | None, str]:
         return None, line.strip()
     name = words[0].lower()
     if name not in _WORDS:
-        raise UsageError(f"{words[0]} is no command.", fix="There are /since 2h, /at 14:05 and /between 14:00 14:05.")
+        raise UsageError(f"{words[0]} is no command.", fix="There are /since 2h, /at 14:05, /between 14:00 14:05 and /recall.")
     times = words[1 : 1 + _WORDS[name]]
     question = " ".join(words[1 + len(times) :])
     if len(times) < _WORDS[name] or not question:
-        example = {"/since": "/since 2h", "/at": "/at 14:05", "/between": "/between 14:00 14:05"}[name]
-        raise UsageError(f"{line.strip()!r} has no question.", fix=f"Type {example} and then the question.")
-    if name == "/between":
-        return TypedInterval(between=(times[0], times[1])), question
+        raise UsageError(f"{line.strip()!r} has no question.", fix=f"Type {name} {_EXAMPLES[name]} and then the question.")
+    if _WORDS[name] == 2:
+        return TypedInterval(between=(times[0], times[1]), logged=name == "/recall"), question
     return (TypedInterval(since=times[0]) if name == "/since" else TypedInterval(at=times[0])), question
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from keepsight.streams import Frame
+from keepsight.streams import Frame, LiveSource, Source
 from keepsight.streams.uri import SourceURI
 
-__all__ = ["after", "beyond", "source_name"]
+__all__ = ["Resume", "after", "beyond", "source_name"]
 
 
 def after(newest: Frame, frames: Iterable[Frame]) -> Iterator[Frame]:
@@ -41,3 +41,39 @@ def beyond(time_s: float, frames: Iterable[Frame]) -> Iterator[Frame]:
 def source_name(uri: SourceURI) -> str:
     """What a source is called in a snapshot: its address without passwords, a file by its full path."""
     return uri.redacted if uri.is_camera else str(Path(uri.location).resolve())
+
+
+class Resume:
+    """Where a memory's stream stands, so that the next source that is watched goes on behind it.
+
+    Attributes:
+        source: name of what was watched last (`source_name`); None = nothing, or not known.
+        follows: newest frame of a feature log that goes on.
+    """
+
+    def __init__(self) -> None:
+        self.source: str | None = None
+        self.follows: Frame | None = None
+        self._position_s: float | None = None  # of a restored snapshot in its source, until a source is watched
+
+    def restored(self, source: str | None, position_s: float) -> None:
+        """Note where the snapshot that has been restored was taken."""
+        self.source, self._position_s = source, position_s
+
+    def frames(self, source: Source | LiveSource, newest: Frame | None) -> Iterator[Frame]:
+        """Frames of a source in the memory's time; what the rule is, `Session.continued` says.
+
+        Args:
+            source: that is watched from here on.
+            newest: the newest frame remembered.
+        """
+        name = source_name(source.uri)
+        restored_s, self._position_s = self._position_s, None
+        elsewhere = source.uri.is_camera or name != self.source
+        self.source = name
+        known = [frame for frame in (newest, self.follows) if frame is not None]
+        if not known or (restored_s is None and not source.uri.is_camera):
+            return iter(source)
+        if elsewhere or restored_s is None:
+            return after(max(known, key=lambda frame: frame.time_s), source)
+        return beyond(restored_s, source)

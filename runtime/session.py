@@ -17,13 +17,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from keepsight.runtime import resume
 from keepsight.runtime.answer import NOTHING_REMEMBERED, Answer, AnswerStream, LatencyTrace, Mode
 from keepsight.runtime.backends import Engines
 from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.bundle_llm import load_llm
 from keepsight.runtime.concat import ConcatQuestion, frames_that_fit
 from keepsight.runtime.engine import Tensor
 from keepsight.runtime.evidence import Evidence, evidence_of, moments_of
+from keepsight.runtime.feature_history import FeatureHistory
 from keepsight.runtime.feature_log import FeatureLog
 from keepsight.runtime.gate import FrameGate
 from keepsight.runtime.keyframes import KeyFrames
@@ -33,11 +34,13 @@ from keepsight.runtime.memory import Policy
 from keepsight.runtime.moments import Calendar
 from keepsight.runtime.qformer import Prompt, QFormer, SoftPrompt, StandingQuestion
 from keepsight.runtime.ranking import Ranking, checked_options
+from keepsight.runtime.resume import Resume
 from keepsight.runtime.snapshot import Array, Part, Question, SavedFrame, Snapshot, fingerprint
-from keepsight.runtime.timeline import Clock, Interval, remembered, seen_within, wall_time_of
+from keepsight.runtime.timeline import Clock, Interval, remembered, seen_within
+from keepsight.runtime.watcher import Watcher
 from keepsight.streams import Frame, LiveSource, Source
 from keepsight.streams.branches import Branch
-from keepsight.streams.errors import BundleError, EngineError, KeepsightError, NoFrameError, UsageError
+from keepsight.streams.errors import BundleError, EngineError, KeepsightError, UsageError
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,8 @@ class Session:
         self._observers: list[Callable[[Tensor, Frame], None]] = []
         self._parts: dict[str, Part] = {"clock": self.clock, "key frames": self.key_frames}
         self._unclaimed: dict[str, Mapping[str, Array]] = {}  # of a snapshot, until their owner comes
-        self._source: str | None = None
-        self._follows: Frame | None = None  # newest frame of a log that goes on
-        self._position_s: float | None = None  # of a restored snapshot in its source, until a source is watched
+        self._resume = Resume()
+        self._frame_s = 1 / bundle.manifest.sample_fps  # from one frame of the memory to the next
 
     def source(
         self, uri: str, *, realtime: bool = False, fps: float | None = None, branches: Sequence[Branch] = ()
@@ -218,7 +220,7 @@ class Session:
             self._qformer.bank.reset()
             self._standing.clear()
             self._unclaimed.clear()
-            self._newest = self._follows = self._source = self._position_s = None
+            self._newest, self._resume = None, Resume()
             self.clock.reset()
             self.key_frames.reset()
 
@@ -358,7 +360,7 @@ class Session:
         frame, now_s = self._newest, max(self.time_s, 0.0)
         if frame is not None and self.clock.dated:
             now_s += max(0.0, time.monotonic() - frame.captured_at)
-        return Calendar(self.clock, now_s, 1 / self.bundle.manifest.sample_fps)
+        return Calendar(self.clock, now_s, self._frame_s)
 
     def _perceive(
         self, question: str | Standing, prompt: str | None, visible: NDArray[np.bool_] | None = None
@@ -393,7 +395,7 @@ class Session:
         )  # fmt: skip
 
     def _evidence(self, attention: NDArray[np.float32], interval: Interval | None) -> Evidence:
-        bank, frame_s = self._qformer.bank, 1 / self.bundle.manifest.sample_fps
+        bank, frame_s = self._qformer.bank, self._frame_s
         moments = moments_of(attention, bank.first_s[0], bank.last_s[0], frame_s=frame_s, interval=interval)
         return evidence_of(moments, self.key_frames, frame_s)
 
@@ -445,7 +447,7 @@ class Session:
                 fingerprint=self._fingerprint,
                 variant=self.bundle.variant,
                 policy=self._qformer.policy,
-                source=self._source,
+                source=self._resume.source,
                 saved_at=time.time(),
                 newest=None if self._newest is None else SavedFrame.of(self._newest),
                 visual=self._qformer.bank_state(kv=kv),
@@ -495,7 +497,7 @@ class Session:
             ]
             self._newest = None if snapshot.newest is None else snapshot.newest.as_frame()
             self._cost = FrameCost(0.0, 0.0, 0.0)
-            self._source, self._position_s = snapshot.source, snapshot.time_s
+            self._resume.restored(snapshot.source, snapshot.time_s)
             self._unclaimed = {name: state for name, state in snapshot.parts.items() if name not in self._parts}
             for name in self._parts.keys() & snapshot.parts.keys():
                 self._parts[name].restore(snapshot.parts[name])
@@ -512,16 +514,7 @@ class Session:
         snapshot was taken in goes on from there, its earlier frames skipped; another file after a restore is dated as a camera.
         Without a restore, a file keeps its own time.
         """
-        name = resume.source_name(source.uri)
-        restored_s, self._position_s = self._position_s, None
-        elsewhere = source.uri.is_camera or name != self._source
-        self._source = name
-        known = [frame for frame in (self._newest, self._follows) if frame is not None]
-        if not known or (restored_s is None and not source.uri.is_camera):
-            return iter(source)
-        if elsewhere or restored_s is None:
-            return resume.after(max(known, key=lambda frame: frame.time_s), source)
-        return resume.beyond(restored_s, source)
+        return self._resume.frames(source, self._newest)
 
     def log_features(self, log: FeatureLog, *, on_error: Callable[[KeepsightError], None] | None = None) -> None:
         """Log features of every frame that is due from here on; cameras are dated behind what the log has.
@@ -531,7 +524,7 @@ class Session:
             on_error: called where a record can't be written; by default the error stops what feeds the session.
         """
         if log.newest is not None:
-            self._follows = SavedFrame(
+            self._resume.follows = SavedFrame(
                 np.zeros((0, 0, 3), np.uint8), log.newest.time_s, log.newest.wall_s, log.newest.index
             ).as_frame()
 
@@ -546,7 +539,7 @@ class Session:
 
         self.observe(offer)
 
-    def recall(self, log: FeatureLog, since_s: float, until_s: float) -> Session:
+    def recall(self, log: FeatureLog | FeatureHistory, since_s: float, until_s: float) -> Session:
         """A session over an exact memory of an interval: as if its stream had begun there, one frame for each record.
 
         It shares graphs, language model and lock with this one, and is asked in words (a replay), not watched. Close this one
@@ -558,9 +551,12 @@ class Session:
         """
         recalled = copy.copy(self)
         recalled._qformer = self._qformer.with_empty_bank()
-        recalled._close, recalled._watcher = ExitStack(), None
+        recalled._close, recalled._watcher, recalled._resume = ExitStack(), None, Resume()
         recalled._standing, recalled._observers, recalled._parts, recalled._unclaimed = [], [], {}, {}
         recalled._newest, recalled._cost = None, FrameCost(0.0, 0.0, 0.0)
+        recalled._frame_s = max(self._frame_s, log.every_s)
+        if isinstance(log, FeatureHistory):
+            recalled.clock = log.clock
         for record in log.read(since_s, until_s):
             with self._memory_lock:
                 recalled._qformer.remember(record.features.astype(np.float32), record.time_s)
@@ -599,110 +595,6 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class Watcher:
-    """The capture thread: reads a source into a session. An error in it is raised where somebody waits for frames."""
-
-    def __init__(self, session: Session, source: Source | LiveSource, on_frame: Callable[[Frame], None] | None) -> None:
-        self.source = source
-        self._session, self._on_frame = session, on_frame
-        self._changed = threading.Condition()
-        self._error: Exception | None = None
-        self._closing = self._ended = False
-        self._thread = threading.Thread(target=self._run, name="keepsight-capture", daemon=True)
-        self._thread.start()
-
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    @property
-    def ended(self) -> bool:
-        """Whether the source has come to its end without an error."""
-        return not self.running and self._error is None
-
-    def wait(self, frames: int = 1, timeout_s: float = 10.0) -> None:
-        """Wait until the session has seen so many frames.
-
-        Raises:
-            NoFrameError: not in time, or the source ended before.
-            KeepsightError: what stopped the capture.
-        """
-        with self._changed:
-            done = self._changed.wait_for(lambda: self._session.frames_seen >= frames or not self._alive(), timeout_s)
-        self.check()
-        if not done or self._session.frames_seen < frames:
-            raise NoFrameError(
-                f"{self.source!r}: {self._session.frames_seen} of {frames} frames after {timeout_s:g} s.",
-                fix="Look at the source with: gst-play-1.0 URI",
-            )
-
-    def wait_until(self, time_s: float, timeout_s: float = 60.0) -> None:
-        """Wait until the newest frame's stream time is `time_s` or later, or the source has ended."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._session.time_s >= time_s or not self._alive(), timeout_s)
-        self.check()
-
-    def check(self) -> None:
-        """Raise what stopped the capture, if an error did."""
-        if self._error is not None:
-            raise self._error
-
-    def join(self, timeout_s: float | None = None) -> None:
-        """Wait for the end of the source, then `check`."""
-        self._thread.join(timeout_s)
-        self.check()
-
-    def __enter__(self) -> Watcher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop watching; an error that this causes in the source is not reported."""
-        self._closing = True
-        self.source.close()
-        self._thread.join(10.0)
-
-    def _alive(self) -> bool:
-        return not self._ended
-
-    def _run(self) -> None:
-        try:
-            with self.source:
-                for frame in self._session.continued(self.source):
-                    self._session.see(frame, wall_s=wall_time_of(frame.captured_at) if self.source.uri.is_camera else None)
-                    if self._on_frame is not None:
-                        self._on_frame(frame)
-                    with self._changed:
-                        self._changed.notify_all()
-        except Exception as error:
-            if not self._closing:
-                self._error = error
-        finally:
-            with self._changed:
-                self._ended = True
-                self._changed.notify_all()
-
-
-def load_llm(bundle: Bundle, threads: int | None = None) -> LLM:
-    """The bundle's language model, requantised once into the cache if the manifest asks for it.
-
-    Raises:
-        BundleError: the bundle has none.
-        MissingModelError, LLMError: its file is not there, or llama.cpp refuses it.
-    """
-    from keepsight.runtime.gguf_cache import requantised
-
-    info = bundle.manifest.llm
-    if info is None:
-        raise BundleError(f"{bundle.path} has no language model.")
-    path = bundle.llm_path()
-    if info.quantise is not None:
-        path = requantised(path, kind=info.quantise)
-    return LLM(path, n_threads=threads)
 
 
 __all__ = ["Answer", "FrameCost", "Session", "Standing", "Watcher", "load_llm"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from keepsight.runtime.build_lock import only_builder
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.engine_store import (
     EngineRecord,
@@ -116,14 +117,28 @@ def build_engines(
         The directory of the engines and their engine.json.
 
     Raises:
-        EngineError: a graph that does not parse or build, with TensorRT's reason; a directory that can't be written.
+        EngineError: a graph that does not parse or build, with TensorRT's reason; a directory that can't be written, or that
+            another process builds into.
         BundleError: a graph that can't be read.
         UsageError: a variant that the bundle does not have.
     """
     variant = variant_of(bundle, variant)
     folder = engine_folder(bundle, target, variant)
+    with only_builder(folder):
+        _build_missing(bundle, trt, target, variant, folder, workspace_mib, progress or (lambda _: None))
+    return folder
+
+
+def _build_missing(
+    bundle: Bundle,
+    trt: Any,
+    target: Target,
+    variant: str,
+    folder: Path,
+    workspace_mib: int | None,
+    report: Callable[[Progress], None],
+) -> None:
     engines = _start(folder, target, variant)
-    report = progress or (lambda _: None)
     names = list(bundle.manifest.graphs)
     for index, name in enumerate(names, start=1):
         recipe = recipe_of(bundle, name, variant, workspace_mib=workspace_mib)
@@ -136,7 +151,6 @@ def build_engines(
         engines = engines.model_copy(update={"graphs": {**engines.graphs, name: record}})
         write_engine_set(folder, engines)
         report(Progress(name, index, len(names), "built", record.bytes, record.build_seconds))
-    return folder
 
 
 def _start(folder: Path, target: Target, variant: str) -> EngineSet:

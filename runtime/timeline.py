@@ -130,6 +130,11 @@ class Clock:
             self._stream[-1], self._wall[-1] = stream_s, wall_s
         return jumped
 
+    def begin_run(self) -> None:
+        """What is observed from now on is another run: a jump of the clock does not move what was observed before."""
+        if len(self._stream) > self._starts[-1]:
+            self._starts.append(len(self._stream))
+
     def wall_s(self, stream_s: float) -> float | None:
         """Wall time of a moment of the stream, seconds since 1970; None if none is known."""
         if not self.dated:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import typer
 
+from keepsight.runtime.answer import AnswerStream
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.moments import read_line
+from keepsight.runtime.far_past import ask_far_past
+from keepsight.runtime.feature_history import FeatureHistory
+from keepsight.runtime.moments import TypedInterval, read_line
 from keepsight.runtime.session import Session, Watcher
 from keepsight.runtime.show import notes
 from keepsight.runtime.timeline import wall_time_of
 from keepsight.streams import Event, Frame, LiveSource, Reconnect, Source, SourceURI
 from keepsight.streams.branches import Branch
-from keepsight.streams.errors import NoFrameError, UsageError
+from keepsight.streams.errors import NoFrameError, SnapshotError, UsageError
 from keepsight.streams.events import State
 
 
@@ -34,12 +38,18 @@ def watch_until(session: Session, source: Source, until_s: float | None) -> None
         raise UsageError(f"{source!r} has no frame to ask about.")
 
 
-def converse(session: Session, uri: str, *, branches: Sequence[Branch] = ()) -> None:
-    """Watch `uri` and answer the lines of standard input, until its end or Ctrl-C. A lost camera is tried again."""
+def converse(session: Session, uri: str, *, log: Path | None = None, branches: Sequence[Branch] = ()) -> None:
+    """Watch `uri` and answer the lines of standard input, until its end or Ctrl-C. A lost camera is tried again.
+
+    Args:
+        log: folder of the feature log that is being written, which `/recall` asks.
+        branches: what hangs on the stream beside the frames.
+    """
     interactive = sys.stdin.isatty()
     camera = Camera(session, uri, branches=branches)
     camera.wait()
-    typer.echo(f"Watching {camera.source.uri}. Type a question, or /since 2h QUESTION, /at, /between; Ctrl-D leaves.", err=True)
+    words = "/at, /between" if log is None else "/at, /between, /recall"
+    typer.echo(f"Watching {camera.source.uri}. Type a question, or /since 2h QUESTION, {words}; Ctrl-D leaves.", err=True)
     try:
         while True:
             line = _read_line("> " if camera.state == "live" else f"({camera.state}) > ") if interactive else _next_line()
@@ -47,7 +57,7 @@ def converse(session: Session, uri: str, *, branches: Sequence[Branch] = ()) -> 
             if line is None:
                 break
             if line.strip():
-                _reply(session, line.strip())
+                _reply(session, line.strip(), log)
     except KeyboardInterrupt:
         typer.echo(err=True)
     finally:
@@ -65,17 +75,25 @@ def _next_line() -> str | None:
     return sys.stdin.readline() or None
 
 
-def _reply(session: Session, question: str) -> None:
+def _reply(session: Session, question: str, log: Path | None) -> None:
     try:
         typed, question = read_line(question)
-        answers = session.ask(question, interval=None if typed is None else session.calendar.interval(typed))
+        answers = _asked(session, question, typed, log)
         for piece in answers:
             typer.echo(piece, nl=False)
         typer.echo()
         for line in notes(answers.result):
             typer.echo(f"  [{line}]", err=True)
-    except UsageError as error:
+    except (UsageError, SnapshotError) as error:
         typer.echo(str(error), err=True)
+
+
+def _asked(session: Session, question: str, typed: TypedInterval | None, log: Path | None) -> AnswerStream:
+    if typed is None or not typed.logged:
+        return session.ask(question, interval=None if typed is None else session.calendar.interval(typed))
+    if log is None:
+        raise UsageError("No feature log is being written to /recall from.", fix="Start with --feature-log, or use /between.")
+    return ask_far_past(session, FeatureHistory(log, session.bundle), question, typed)
 
 
 class Camera:

@@ -89,6 +89,10 @@ def test_an_empty_question_is_refused(questions: list[str], tmp_path: Path) -> N
     result = run("tiny", *(f"--question={text}" for text in questions), "--out", str(tmp_path))
     assert isinstance(result.exception, UsageError) and "A question is empty" in str(result.exception)
     assert not list(tmp_path.iterdir())
+    bundle, size = Bundle.open("tiny"), Bundle.open("tiny").manifest.dims.image_size
+    with pytest.raises(UsageError) as caught:
+        verify(bundle, source_of(bundle, None), np.zeros((1, size, size, 3), np.uint8), questions, clip="none")
+    assert str(caught.value) == str(result.exception)
 
 
 def test_parity_has_an_exit_code_of_its_own() -> None:

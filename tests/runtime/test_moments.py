@@ -160,13 +160,14 @@ def test_two_options_exclude_each_other() -> None:
         ("/since 2h who  came?", TypedInterval(since="2h"), "who came?"),
         ("/at 14:05 who came?", TypedInterval(at="14:05"), "who came?"),
         ("/BETWEEN 14:00 14:05 who came?", TypedInterval(between=("14:00", "14:05")), "who came?"),
+        ("/recall 14:00 14:05 who came?", TypedInterval(between=("14:00", "14:05"), logged=True), "who came?"),
     ],
 )
 def test_a_typed_line_may_begin_with_an_interval(line: str, typed: TypedInterval | None, question: str) -> None:
     assert read_line(line) == (typed, question)
 
 
-@pytest.mark.parametrize("line", ["/sine 2h who?", "/since", "/since 2h", "/between 14:00 14:05"])
+@pytest.mark.parametrize("line", ["/sine 2h who?", "/since", "/since 2h", "/between 14:00 14:05", "/recall 14:00 who?"])
 def test_a_line_that_is_neither_is_refused(line: str) -> None:
     with pytest.raises(UsageError):
         read_line(line)
