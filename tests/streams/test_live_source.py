@@ -262,6 +262,21 @@ def test_a_reader_too_slow_for_the_rate_it_asked_for_is_told() -> None:
     assert 6 <= source.drops["replaced"] <= 12
 
 
+def test_each_third_frame_and_frames_that_differ() -> None:
+    uri = "test://ball?fps=50&width=64&height=64"
+    with LiveSource(uri, every=3) as source:
+        stamps = [frame.pts_ns for frame, _ in zip(source, range(5), strict=False)]
+    apart = np.diff(np.array(stamps, np.float64)) / 20e6
+    assert (apart > 2.5).all()
+    with LiveSource("test://black?fps=50&width=64&height=64", change=3) as source:
+        next(source)
+        threading.Timer(1.0, source.close).start()
+        assert list(source) == []  # nothing changes
+        assert source.latest(0.1) is None
+    with pytest.raises(UsageError, match="fps and every"):
+        LiveSource(uri, fps=1, every=2)
+
+
 def test_a_frame_older_than_the_budget_is_not_handed_over(rtsp_server: RtspServer) -> None:
     with LiveSource(rtsp_server.url("/ball"), size=(64, 48), stale_after_s=0.3) as source:
         assert frame_of(source, 0).age_ms < 400
