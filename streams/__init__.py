@@ -11,6 +11,7 @@ GStreamer does the work and is imported when the first source opens, not with th
 from __future__ import annotations
 
 from keepsight.streams.backoff import Reconnect
+from keepsight.streams.branches import Branch
 from keepsight.streams.encode import write_video
 from keepsight.streams.errors import (
     BundleError,
@@ -31,15 +32,18 @@ from keepsight.streams.errors import (
 from keepsight.streams.events import Event
 from keepsight.streams.frame import Frame
 from keepsight.streams.live import LiveSource
-from keepsight.streams.sampling import Sampler
+from keepsight.streams.sampling import ChangeSampler, EverySampler, Sampler
 from keepsight.streams.source import Source
 from keepsight.streams.uri import SourceURI
 
 __all__ = [
+    "Branch",
     "BundleError",
+    "ChangeSampler",
     "CheckpointError",
     "DatasetError",
     "EngineError",
+    "EverySampler",
     "Event",
     "Frame",
     "KeepsightError",
