@@ -13,6 +13,7 @@ from __future__ import annotations
 from keepsight.streams.audio import Audio, Sound
 from keepsight.streams.backoff import Reconnect
 from keepsight.streams.clips import Clip, clip
+from keepsight.streams.branches import Branch
 from keepsight.streams.encode import write_video
 from keepsight.streams.errors import (
     BundleError,
@@ -36,21 +37,24 @@ from keepsight.streams.live import LiveSource
 from keepsight.streams.many import Budget, Cameras
 from keepsight.streams.preview import Preview
 from keepsight.streams.record import Recorder
-from keepsight.streams.sampling import Sampler
 from keepsight.streams.snippet import Snippet, Snippets
+from keepsight.streams.sampling import ChangeSampler, EverySampler, Sampler
 from keepsight.streams.source import Source
 from keepsight.streams.uri import SourceURI
 
 __all__ = [
     "Audio",
+    "Branch",
     "Budget",
     "BundleError",
     "Cameras",
+    "ChangeSampler",
     "CheckpointError",
     "Clip",
     "DatasetError",
     "EngineError",
     "Event",
+    "EverySampler",
     "Frame",
     "KeepsightError",
     "LLMError",

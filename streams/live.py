@@ -17,7 +17,7 @@ from keepsight.streams.events import Event, EventLog, State
 from keepsight.streams.frame import Frame, wall_time_of
 from keepsight.streams.pipelines import Branch
 from keepsight.streams.presence import check_presence
-from keepsight.streams.sampling import Sampler
+from keepsight.streams.sampling import ChangeSampler, Sampler, sampler_for
 from keepsight.streams.supervisor import Supervisor
 from keepsight.streams.uri import SourceURI
 from keepsight.streams.view import Aspect, Colorimetry, Conversion, Scaler, View
@@ -50,8 +50,9 @@ class LiveSource(Iterator[Frame]):
 
     Args:
         uri: of a camera or a test pattern, as `Source` takes it. Files are not live.
-        size, aspect, scaler, colorimetry, conversion: as of `Source`.
+        size, aspect, scaler, colorimetry, conversion, hardware_scaling: as of `Source`.
         fps: frames wanted per second by the iterator, the first at or after each `k / fps`; None is every frame.
+        every, change: as of `Source`, of the frames that are read.
         reconnect: when to try again, and whether to wait for a camera that is not there at the start.
         stale_after_s: frames older than this are not handed over; None hands over any.
         first_frame_timeout_s: seconds that each connection has for its first frame.
@@ -82,6 +83,9 @@ class LiveSource(Iterator[Frame]):
         colorimetry: Colorimetry | None = None,
         conversion: Conversion = "exact",
         fps: float | None = None,
+        every: int | None = None,
+        change: float | None = None,
+        hardware_scaling: bool = False,
         reconnect: Reconnect | None = None,
         stale_after_s: float | None = None,
         first_frame_timeout_s: float = 10.0,
@@ -95,8 +99,8 @@ class LiveSource(Iterator[Frame]):
             raise UsageError(f"{self.uri} is not live.", fix="Read it with Source, which can play it in real time.")
         if stale_after_s is not None and not stale_after_s > 0:
             raise UsageError(f"stale_after_s={stale_after_s} makes no sense.", fix="Give seconds above 0, or None.")
-        self._view = View(size, aspect, scaler, colorimetry, conversion)
-        self._sampler = None if fps is None else Sampler(fps)
+        self._view = View(size, aspect, scaler, colorimetry, conversion, hardware_scaling)
+        self._sampler = sampler_for(fps, every, change)
         self._fps, self._stale_after_s = fps, stale_after_s
         self._log = EventLog(on_event=on_event)
         self._supervisor = Supervisor(
@@ -136,7 +140,7 @@ class LiveSource(Iterator[Frame]):
     @property
     def drops(self) -> Counter[str]:
         """Frames that arrived and were not handed over, by cause (see `Drop`)."""
-        unread = self._supervisor.unread if self._sampler is None else 0
+        unread = 0 if isinstance(self._sampler, Sampler) else self._supervisor.unread
         return Counter({"replaced": self._drops["replaced"] + unread, "stale": self._drops["stale"]})
 
     @property
@@ -160,7 +164,7 @@ class LiveSource(Iterator[Frame]):
         return self._supervisor.stuck_teardowns
 
     def latest(self, timeout_s: float | None = None) -> Frame | None:
-        """The newest frame that has not been handed over yet, whatever `fps` is.
+        """The newest frame that has not been handed over yet, whatever `fps`, `every` and `change` say.
 
         Args:
             timeout_s: seconds to wait for one; None waits as long as it takes, through outages too.
@@ -226,7 +230,7 @@ class LiveSource(Iterator[Frame]):
         return self._judged(picture, generation, sampled=sampled)
 
     def _judged(self, picture: Picture, generation: int, *, sampled: bool) -> Frame | None:
-        if not (sampled and self._sampler):
+        if not (sampled and isinstance(self._sampler, Sampler)):
             self._drops["replaced"] += picture.replaced
         if self._stale_after_s is not None and time.monotonic() - picture.captured_at > self._stale_after_s:
             self._drops["stale"] += 1
@@ -234,7 +238,7 @@ class LiveSource(Iterator[Frame]):
         if self._epoch_s is None:
             self._epoch_s = picture.captured_at
         time_s = max(self._time_s, picture.captured_at - self._epoch_s)
-        if sampled and self._sampler is not None and not self._wanted(self._sampler, picture, generation, time_s):
+        if sampled and not self._wanted(picture, generation, time_s):
             return None
         self._time_s = time_s
         index, self._delivered = self._delivered, self._delivered + 1
@@ -243,8 +247,16 @@ class LiveSource(Iterator[Frame]):
             wall_time_of(picture.captured_at), generation,
         )  # fmt: skip
 
-    def _wanted(self, sampler: Sampler, picture: Picture, generation: int, time_s: float) -> bool:
-        """Ask the sampler. Of the frames replaced since the last one it took, as many were drops as it would have taken."""
+    def _wanted(self, picture: Picture, generation: int, time_s: float) -> bool:
+        sampler = self._sampler
+        if isinstance(sampler, ChangeSampler):
+            return sampler.take_picture(time_s, picture.image)
+        if isinstance(sampler, Sampler):
+            return self._due(sampler, picture, generation, time_s)
+        return sampler is None or sampler.take(time_s)
+
+    def _due(self, sampler: Sampler, picture: Picture, generation: int, time_s: float) -> bool:
+        """Whether a frame is wanted by its time. Of those replaced since the last one, as many were drops as were wanted."""
         self._unseen += picture.replaced
         if not sampler.take(time_s):
             return False

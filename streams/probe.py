@@ -122,13 +122,13 @@ def _watch_live(uri: str, seconds: float, report: Report, on_event: Any) -> Keep
     rate, error = _Rate(), None
     with source:
         try:
-            rate.read(_until(source, begun + seconds))
+            rate.read(_until(source, begun + seconds), source)
         except KeepsightError as final:
             error = final
         report.seconds, report.state = round(time.monotonic() - begun, 3), source.state
         report.drops, report.generations = {**source.drops}, source.generation + (source.state in ("live", "stalled"))
         report.caps = _caps(source.arrivals)
-    rate.tell(report, came=rate.frames + source.dropped)
+    rate.tell(report, came=rate.frames + source.dropped - rate.before)
     if error is None and rate.frames == 0:
         error = last[-1] if last else NoFrameError(f"{source.uri} gave no frame within {seconds:g} s.", fix="Wait longer.")
     return error
@@ -150,14 +150,14 @@ def _watch_file(uri: str, seconds: float, report: Report, on_event: Any) -> Keep
     try:
         source = Source(uri, size=_SIZE, pace="realtime")
         with source:
-            rate.read(_while(_told(source, log), begun + seconds))
+            rate.read(_while(_told(source, log), begun + seconds), source)
             report.caps = _caps(source.arrivals)
     except KeepsightError as damage:
         log.add("lost", damage.message)
         error = damage
     report.seconds, report.state = round(time.monotonic() - begun, 3), log.state
     report.drops, report.generations = {"replaced": 0 if source is None else source.dropped}, int(rate.frames > 0)
-    rate.tell(report, came=rate.frames + report.drops["replaced"])
+    rate.tell(report, came=rate.frames + report.drops["replaced"] - rate.before)
     return error
 
 
@@ -187,12 +187,15 @@ class _Rate:
 
     def __init__(self) -> None:
         self.frames = 0
+        self.before = 0  # frames replaced before the first was read
         self._ages: list[float] = []
         self._played_s = 0.0
         self._last: Frame | None = None
 
-    def read(self, frames: Iterator[Frame]) -> None:
+    def read(self, frames: Iterator[Frame], source: LiveSource | Source) -> None:
         for frame in frames:
+            if self._last is None:
+                self.before = source.dropped
             if len(self._ages) < _AGES_KEPT:
                 self._ages.append(frame.age_ms)
             if self._last is not None and self._last.generation == frame.generation:  # an outage is no time of playing
