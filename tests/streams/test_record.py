@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from keepsight.streams import Frame, LiveSource, Source, SourceNotFoundError, UsageError
 from keepsight.streams.clip_command import add_clip
 from keepsight.streams.clips import clip, parse_moment
-from keepsight.streams.record import RecordEvent, Recorder
+from keepsight.streams.record import Recorder, RecordEvent
 from keepsight.streams.recorded import segment_name, segments_in
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def test_what_was_not_recorded_is_named(tmp_path: Path) -> None:
         clip(tmp_path, 1000, 2000, tmp_path / "out.mp4")
     with pytest.raises(UsageError, match="earlier moment first"):
         clip(tmp_path, 2, 1, tmp_path / "out.mp4")
-    with pytest.raises(UsageError, match="mp4 or .mkv"):
+    with pytest.raises(UsageError, match=r"mp4 or \.mkv"):
         clip(tmp_path, 1, 2, tmp_path / "out.avi")
     assert not (tmp_path / "out.mp4").exists() and not (tmp_path / "out.mp4.part").exists()
 
