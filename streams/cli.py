@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from keepsight.streams.clip_command import add_clip
 from keepsight.streams.describe import add_describe
 from keepsight.streams.errors import MissingComponentError
 from keepsight.streams.gst import debian_package, has_element, load_gst
