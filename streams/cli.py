@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from keepsight.streams.clip_command import add_clip
 from keepsight.streams.describe import add_describe
 from keepsight.streams.errors import MissingComponentError
 from keepsight.streams.gst import debian_package, has_element, load_gst
@@ -57,7 +58,7 @@ def cameras(devices: Path = Path("/sys/class/video4linux")) -> list[Camera]:
 def commands(app: typer.Typer) -> None:
     """Add this part's commands to the application."""
     group = typer.Typer(help="Look at sources: their pipelines, their pictures, this machine's cameras.", no_args_is_help=True)
-    for add in (add_describe, add_probe, add_list):
+    for add in (add_describe, add_probe, add_list, add_clip):
         add(group)
     app.add_typer(group, name="stream")
 

@@ -100,7 +100,8 @@ def clip(folder: str | os.PathLike[str], start_s: float, end_s: float, out: str 
     first = next(pictures, None)
     if first is None:
         raise UsageError(
-            f"nothing is recorded in {folder} from {moment_text(start_s)} to {moment_text(end_s)}.", fix=_covers(Path(folder), segments)
+            f"nothing is recorded in {folder} from {moment_text(start_s)} to {moment_text(end_s)}.",
+            fix=_covers(Path(folder), segments),
         )
     partial = path.with_name(f"{path.name}.part")
     try:
@@ -342,4 +343,5 @@ def _failure(path: Path, message: Any) -> KeepsightError:
 def _covers(folder: Path, segments: Sequence[Segment]) -> str:
     if not segments:
         return f"{folder} has no segment yet."
-    return f"What is recorded begins at {moment_text(segments[0].start_s)}; its newest segment, at {moment_text(segments[-1].start_s)}."
+    first, last = moment_text(segments[0].start_s), moment_text(segments[-1].start_s)
+    return f"What is recorded begins at {first}; its newest segment, at {last}."

@@ -29,7 +29,8 @@ _ENTRY = "record"
 
 # MPEG-TS needs no index and no end: a file that breaks off plays up to there, and pictures that are shown in another order than
 # they are sent keep both times. It has H.264 and H.265; anything else (MJPEG, VP8...) goes into Matroska, which may break off,
-# too, and keeps one time, enough for pictures that are never reordered. Fragmented MP4 lost the whole open segment at kill -9 (1.22).
+# too, and keeps one time, enough for pictures that are never reordered. Fragmented MP4 lost the whole open segment at kill -9
+# (GStreamer 1.22).
 _PARSERS = {"video/x-h264": "h264parse", "video/x-h265": "h265parse"}
 
 _log = logging.getLogger("keepsight.streams")
