@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from keepsight.streams.audio import Audio, Sound
 from keepsight.streams.backoff import Reconnect
-from keepsight.streams.clips import Clip, clip
 from keepsight.streams.branches import Branch
+from keepsight.streams.clips import Clip, clip
 from keepsight.streams.encode import write_video
 from keepsight.streams.errors import (
     BundleError,
@@ -37,8 +37,8 @@ from keepsight.streams.live import LiveSource
 from keepsight.streams.many import Budget, Cameras
 from keepsight.streams.preview import Preview
 from keepsight.streams.record import Recorder
-from keepsight.streams.snippet import Snippet, Snippets
 from keepsight.streams.sampling import ChangeSampler, EverySampler, Sampler
+from keepsight.streams.snippet import Snippet, Snippets
 from keepsight.streams.source import Source
 from keepsight.streams.uri import SourceURI
 
