@@ -36,6 +36,7 @@ from keepsight.streams.frame import Frame
 from keepsight.streams.live import LiveSource
 from keepsight.streams.many import Budget, Cameras
 from keepsight.streams.preview import Preview
+from keepsight.streams.pushed import PushSource
 from keepsight.streams.record import Recorder
 from keepsight.streams.sampling import ChangeSampler, EverySampler, Sampler
 from keepsight.streams.snippet import Snippet, Snippets
@@ -64,6 +65,7 @@ __all__ = [
     "NoFrameError",
     "ParityError",
     "Preview",
+    "PushSource",
     "Reconnect",
     "Recorder",
     "Sampler",

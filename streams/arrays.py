@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from keepsight.streams.bicubic import scaled
 from keepsight.streams.capture import Picture, Timeouts
 from keepsight.streams.errors import SourceUnreadableError
-from keepsight.streams.gst import array_to_buffer, first_error, load_gst, sample_to_array
-from keepsight.streams.pipelines import FRAMES, ORIGIN, build, recipe_for_pictures
+from keepsight.streams.scale import PictureScaler
 from keepsight.streams.view import View
 
 if TYPE_CHECKING:
@@ -46,12 +43,7 @@ class ArrayFile:
 
     def __init__(self, path: Path, view: View, timeouts: Timeouts) -> None:
         self._frames = _checked(path, _mapped(path))
-        self._lock = threading.Lock()
-        self._closed = False
-        self._scaler: _Scaler | None = None
-        height, width = self._frames.shape[1:3]
-        self._view = view if view.size not in (None, (width, height)) else None
-        self._timeouts = timeouts
+        self._scaler = PictureScaler(view, timeouts)
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -62,60 +54,12 @@ class ArrayFile:
         Raises:
             MissingComponentError: it must be scaled, and GStreamer is not installed.
         """
-        stored = np.array(self._frames[index], order="C")
-        image = stored if self._view is None else self._scaled(stored, self._view)
+        image = self._scaler.scale(np.array(self._frames[index], order="C"))
         return None if image is None else Picture(image, 0.0, time.monotonic())
 
     def close(self) -> None:
         """Stop the scaler."""
-        with self._lock:
-            self._closed = True
-            if self._scaler is not None:
-                self._scaler.close()
-
-    def _scaled(self, image: NDArray[np.uint8], view: View) -> NDArray[np.uint8] | None:
-        if view.scales_in_software:
-            return scaled(image, view)
-        with self._lock:
-            if self._closed:
-                return None
-            if self._scaler is None:
-                self._scaler = _Scaler(image.shape, view, self._timeouts)
-            scaler = self._scaler
-        return scaler.scale(image)
-
-
-class _Scaler:
-    """GStreamer's scaler, one picture in, one out."""
-
-    def __init__(self, shape: tuple[int, ...], view: View, timeouts: Timeouts) -> None:
-        gst = load_gst()
-        height, width = shape[:2]
-        self._wait_ns = int(timeouts.first_frame_s * gst.SECOND)
-        self._pipeline: Any = build(recipe_for_pictures(width, height, view))
-        self._source, self._sink = (self._pipeline.get_by_name(name) for name in (ORIGIN, FRAMES))
-        self._null = gst.State.NULL
-        self._closed = False
-        self._pipeline.set_state(gst.State.PLAYING)
-
-    def scale(self, image: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
-        """The picture in the view's size; None once closed."""
-        self._source.push_buffer(array_to_buffer(image))
-        sample = self._sink.try_pull_sample(self._wait_ns)
-        if sample is not None:
-            return sample_to_array(sample)
-        if self._closed:
-            return None
-        message = first_error(self._pipeline.get_bus())
-        why = "nothing came out in time" if message is None else message.parse_error()[0].message.rstrip(".")
-        height, width = image.shape[:2]
-        raise SourceUnreadableError(
-            f"GStreamer can't scale a frame of {width}x{height}: {why}.", fix="Save the frames in the wanted size."
-        )
-
-    def close(self) -> None:
-        self._closed = True
-        self._pipeline.set_state(self._null)
+        self._scaler.close()
 
 
 def _mapped(path: Path) -> NDArray[Any]:

@@ -15,7 +15,7 @@ from keepsight.streams.redaction import is_secret_name, redacted_text
 
 __all__ = ["Flip", "Option", "SourceURI"]
 
-Kind = Literal["file", "test", "v4l2", "rtsp", "rtp", "http", "csi"]
+Kind = Literal["file", "test", "v4l2", "rtsp", "rtp", "http", "csi", "appsrc"]
 Option = int | str | Fraction
 
 Flip = Literal[
@@ -353,7 +353,12 @@ _OPTIONS: Mapping[Kind, Mapping[str, Callable[[str, str], Option]]] = {
     "http": {"live": _switch, "loop": _number, **_FLIP},
 }
 
+def _appsrc(rest: str) -> SourceURI:
+    raise UsageError("appsrc:// is fed by a program.", fix="In Python, push frames into a keepsight.streams.PushSource.")
+
+
 _PARSERS: Mapping[str, Callable[[str], SourceURI]] = {
+    "appsrc": _appsrc,
     "file": _file_url,
     "test": _test,
     "v4l2": _v4l2,
@@ -364,4 +369,4 @@ _PARSERS: Mapping[str, Callable[[str], SourceURI]] = {
     "http": _server("http", "http"),
     "https": _server("https", "http"),
 }
-assert set(get_args(Kind)) == set(_OPTIONS)
+assert set(get_args(Kind)) - {"appsrc"} == set(_OPTIONS)

@@ -54,7 +54,8 @@ def test_a_live_source_is_sampled_on_its_newest_frames() -> None:
             if frame.index == 8:
                 break
     assert times == pytest.approx([k / 10 for k in range(9)], abs=0.09)
-    assert source.dropped < 18  # of 45 that came; the 36 that the sampling leaves out are not dropped, those that a busy machine misses are
+    # Of 45 that came; the 36 that the sampling leaves out are not dropped, those that a busy machine misses are.
+    assert source.dropped < 18
 
 
 def test_a_live_source_that_ends_is_lost() -> None:
