@@ -130,7 +130,7 @@ class SnapshotBatches:
             [*np.sort(rng.choice(np.arange(low, high), steps - 1, replace=False)), high]
             for low, high in zip(start, now, strict=True)
         ]
-        bank = self._read(np.array(moments).reshape(-1))
+        bank = _in_use(self._read(np.array(moments).reshape(-1)))
         bank = {name: values.unflatten(0, (streams, steps)) for name, values in bank.items()}
         return self._ask_about(now, each, bank["shown"][:, -1], self._standing_banks(bank), rng)
 

@@ -149,15 +149,19 @@ def test_empty_slots_and_steps_that_are_left_out_change_no_output(
     ).eval()  # fmt: skip
     chosen, each, steps = batches.mine[[1, 6, 9, 15]], 2, 5
     small = batches.batch(chosen, each, steps, np.random.default_rng(0))
+    small_standing = batches.draw_standing(2, 2, 3, (9, 24), np.random.default_rng(0))
     monkeypatch.setattr("keepsight.export.batches._in_use", lambda bank: bank)
     monkeypatch.setattr(SnapshotBatches, "_replay_banks", _every_step)
     whole = batches.batch(chosen, each, steps, np.random.default_rng(0))
+    standing = batches.draw_standing(2, 2, 3, (9, 24), np.random.default_rng(0))
     left = 5 if policy == "fifo" else 1
     assert small.banks.features.shape[2] == left and small.banks.steps.shape[1] == left and whole.banks.steps.shape[1] == 5
-    outputs = [replay(qformer, batch.text_ids, batch.text_mask, batch.banks).detach() for batch in (small, whole)]
-    assert outputs[0].std() > 0.1
-    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(small.scenes.sum(1), whole.scenes.sum(1))
+    assert small_standing.banks.features.shape[1:3] == (3, left) and standing.banks.features.shape[1:3] == (3, 5)
+    for two in ((small, whole), (small_standing, standing)):
+        outputs = [replay(qformer, batch.text_ids, batch.text_mask, batch.banks).detach() for batch in two]
+        assert outputs[0].std() > 0.1
+        torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(*(batch.scenes.sum(1) for batch in two))
 
 
 def _every_step(batches: SnapshotBatches, bank: dict[str, torch.Tensor], replayed: NDArray[np.int64]) -> Banks:
