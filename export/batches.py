@@ -112,7 +112,7 @@ class SnapshotBatches:
     def batch(self, chosen: Sequence[int] | NDArray[np.int64], each: int, steps: int, rng: np.random.Generator) -> Batch:
         slots = self.arrays["rank"].shape[1]
         replayed = np.append(np.sort(rng.choice(slots - 1, steps - 1, replace=False)), slots - 1)
-        bank = self._read(np.asarray(chosen))
+        bank = _in_use(self._read(np.asarray(chosen)))
         return self._ask_about(chosen, each, bank["shown"], self._replay_banks(bank, replayed), rng)
 
     def draw_standing(self, streams: int, each: int, steps: int, scenes: tuple[int, int], rng: np.random.Generator) -> Batch:
@@ -130,7 +130,7 @@ class SnapshotBatches:
             [*np.sort(rng.choice(np.arange(low, high), steps - 1, replace=False)), high]
             for low, high in zip(start, now, strict=True)
         ]
-        bank = self._read(np.array(moments).reshape(-1))
+        bank = _in_use(self._read(np.array(moments).reshape(-1)))
         bank = {name: values.unflatten(0, (streams, steps)) for name, values in bank.items()}
         return self._ask_about(now, each, bank["shown"][:, -1], self._standing_banks(bank), rng)
 
@@ -152,13 +152,29 @@ class SnapshotBatches:
         back = np.searchsorted(ordered, chosen)
         return {name: torch.from_numpy(self.arrays[name][ordered][back]) for name in ("rank", "slots", "bucket", "shown")}
 
-    def _replay_banks(self, bank: dict[str, Tensor], steps: NDArray[np.int64]) -> Banks:
-        rank, now = bank["rank"].long(), torch.from_numpy(steps)
+    def _replay_banks(self, bank: dict[str, Tensor], replayed: NDArray[np.int64]) -> Banks:
+        rank, now = bank["rank"].long(), torch.from_numpy(replayed)
         visible = (rank[:, None] >= 0) & (rank[:, None] <= now[None, :, None, None])
         features = bank["slots"].float() * self.scale
-        return Banks(features[:, None], visible, bank["bucket"].long()[:, now], visible.flatten(2).any(-1))
+        steps = visible.flatten(2).any(-1)
+        live = steps.any(0)  # a step that none of these streams has is left out
+        return Banks(features[:, None], visible[:, live], bank["bucket"].long()[:, now[live]], steps[:, live])
 
     def _standing_banks(self, bank: dict[str, Tensor]) -> Banks:
         """Banks of `[B, G]` moments; the last step of a replay has the positions of a moment's `step`."""
         visible = bank["rank"] >= 0
         return Banks(bank["slots"].float() * self.scale, visible, bank["bucket"].long()[:, :, -1], visible.flatten(2).any(-1))
+
+
+def _in_use(bank: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The newest slots of each token, as many as any of these banks uses: some policies leave most slots empty."""
+    rank = bank["rank"]
+    used = int((rank >= 0).sum(1).max())
+    if used == rank.shape[1]:
+        return bank
+    newest = rank.argsort(dim=1, descending=True, stable=True)[:, :used]
+    found = {"rank": rank.gather(1, newest)}
+    for name in ("slots", "shown"):
+        found[name] = bank[name].gather(1, newest[..., None].expand(-1, -1, -1, bank[name].shape[-1]))
+    found["bucket"] = bank["bucket"].gather(2, newest[:, None].expand(-1, bank["bucket"].shape[1], -1, -1))
+    return found

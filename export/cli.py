@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from keepsight.runtime.options import BackendOption, GraphsOption, VariantOption
+from keepsight.runtime.options import BackendOption, GraphsOption, MemoryName, VariantOption
 from keepsight.streams.errors import MissingComponentError, ParityError, UsageError
 
 if TYPE_CHECKING:
@@ -360,12 +360,16 @@ def train(
     work: Annotated[Path, typer.Option(help="Features, checkpoints, loss curve; a run resumes here.")] = Path("work/training"),
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: torch's choice].")] = None,
+    policy: Annotated[MemoryName, typer.Option(help="How the memory that is trained for makes room.")] = "mbc",
 ) -> None:
-    """Train keepsight-tiny from the packaged weights and easy-VQA's train split, and write its bundle (about 1 h on 2 cores)."""
+    """Train keepsight-tiny from the packaged weights and easy-VQA's train split, and write its bundle (about 1 h on 2 cores).
+
+    Ask weights that were trained for another policy than mbc with `--memory` of the same name.
+    """
     _need("torch", "onnx", "transformers", "PIL")
     from keepsight.export.tiny import train_tiny
 
-    train_tiny(work, out, seed=seed, threads=threads)
+    train_tiny(work, out, seed=seed, threads=threads, policy=policy)
 
 
 def bench_memory(

@@ -1,5 +1,8 @@
 """How long memories hold: accuracy of every policy on streams of 5 to 320 scenes, and what glitch frames do to the memory.
 
+Policies are compared with the shipped weights, which were trained for `mbc`, and each with its own: those that
+`keepsight train --policy` made for it.
+
 Perception is most of the cost of an evaluation, so each frame is encoded once and every memory reads the same features; the
 rest is the deployed path: `QFormer`, its banks and standing questions, and llama.cpp's answers. A test holds it against
 `keepsight eval`. Scenes come from takes (a test picture, one camera, twelve looks) that recur in a stream; no take is held
@@ -12,7 +15,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +29,10 @@ from keepsight.runtime.datasets import Question, picture_pixels, stream_question
 from keepsight.runtime.gate import flat
 from keepsight.runtime.llm import render as render_prompt
 from keepsight.runtime.memory import MemoryBank, Policy
-from keepsight.runtime.qformer import QFormer, SoftPrompt, StandingQuestion
+from keepsight.runtime.qformer import Prompt, QFormer, SoftPrompt, StandingQuestion
 from keepsight.runtime.scenes import Camera, Scene, expose, frame_count, plan_scenes
 from keepsight.runtime.session import load_llm
+from keepsight.streams.errors import BundleError, UsageError
 
 LENGTHS = (5, 20, 80, 320)
 GLITCH_SCENES = 40
@@ -37,6 +42,8 @@ KEPT_VIEWS = 2000  # encoded frames of other views that are kept
 
 Float32 = NDArray[np.float32]
 Key = tuple[Any, ...]
+Weights = Literal["shipped", "own"]
+"""Whose weights a memory is read with: the shipped ones, or those trained for its policy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +55,22 @@ class Encoded:
 
 
 class Laboratory:
-    """The bundle's graphs and language model, the takes, and their frames, each encoded when it is first seen."""
+    """The bundle's graphs and language model, the takes, and their frames, each encoded when it is first seen.
 
-    def __init__(self, seed: int) -> None:
+    Args:
+        seed: of streams and questions.
+        own: bundles with weights of their own, by the policy that they were trained for.
+
+    Raises:
+        BundleError: one of `own` was trained for another policy, or differs from the shipped one in more than weights.
+    """
+
+    def __init__(self, seed: int, own: Mapping[Policy, Path] | None = None) -> None:
         self.seed = seed
         self.bundle = Bundle.open("tiny")
         self.engines = open_engines(self.bundle, threads=1)
+        self._own_bundles = {policy: _trained_for(policy, path, self.bundle) for policy, path in (own or {}).items()}
+        self._own_engines = {policy: open_engines(bundle, threads=1) for policy, bundle in self._own_bundles.items()}
         self.llm = load_llm(self.bundle, 1)
         self._encoder = QFormer(self.bundle, engines=self.engines)
         by_label: dict[tuple[str, str], list[easyvqa.Picture]] = {}
@@ -67,7 +84,6 @@ class Laboratory:
             self._own.setdefault(row.picture.path, []).append((row.question, row.answer))
         self._cameras: dict[int, Camera] = {}
         self._encoded: dict[Key, Encoded] = {}
-        self._prompt = cache(self._encoder.prompt)
 
     # -- streams ---------------------------------------------------------------------------------------------------
 
@@ -125,13 +141,17 @@ class Laboratory:
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
-    def memory(self, policy: Policy) -> Memory:
-        """An empty memory over the laboratory's graphs."""
-        return Memory(self, QFormer(self.bundle, memory=policy, engines=self.engines))
+    def memory(self, policy: Policy, weights: Weights = "shipped") -> Memory:
+        """An empty memory over the laboratory's graphs.
 
-    def prompt_of(self, question: str) -> Any:
-        """The question as the Q-Former reads it."""
-        return self._prompt(self.bundle.manifest.templates.qformer_text(question))
+        Raises:
+            UsageError: the laboratory has no weights of the policy's own.
+        """
+        if weights == "shipped":
+            return Memory(self, QFormer(self.bundle, memory=policy, engines=self.engines))
+        if policy not in self._own_bundles:
+            raise UsageError(f"no weights were given that are trained for {policy}.", fix="Give a bundle: --own POLICY=FOLDER.")
+        return Memory(self, QFormer(self._own_bundles[policy], memory=policy, engines=self._own_engines[policy]))
 
     def right(self, soft: SoftPrompt, question: Question) -> bool:
         """Whether the language model's answer to a soft prompt is an exact match."""
@@ -144,11 +164,24 @@ class Laboratory:
         return "".join(written).strip().lower() == question.answer.strip().lower()
 
 
+def _trained_for(policy: Policy, path: Path, shipped: Bundle) -> Bundle:
+    bundle = Bundle.open(path)
+    said, ours = bundle.manifest, shipped.manifest
+    trained = said.provenance.get("memory", "mbc")
+    if trained != policy:
+        raise BundleError(f"{path} was trained for {trained}, not for {policy}.", fix=f"keepsight train --policy {policy}")
+    same = (said.files["vision.onnx"], said.dims, said.templates, said.decoding, said.llm)
+    if same != (ours.files["vision.onnx"], ours.dims, ours.templates, ours.decoding, ours.llm):
+        raise BundleError(f"{path} differs from the shipped bundle in more than the Q-Former's weights: they can't be compared.")
+    return bundle
+
+
 class Memory:
     """One memory under study: a visual bank, its standing questions, and a shadow bank that says how much of a slot is glitch."""
 
     def __init__(self, lab: Laboratory, qformer: QFormer) -> None:
         self.lab, self.qformer = lab, qformer
+        self.prompt_of = cache(self._prompt_of)
         bank = qformer.bank
         self._shadow = MemoryBank(length=bank.length, tokens=bank.tokens, channels=1)
         self.standing: list[StandingQuestion] = []
@@ -161,8 +194,12 @@ class Memory:
 
     def stand(self, question: Question) -> StandingQuestion:
         """Carry a question along from the next frame on."""
-        self.standing.append(self.qformer.stand(self.lab.prompt_of(question.text)))
+        self.standing.append(self.qformer.stand(self.prompt_of(question.text)))
         return self.standing[-1]
+
+    def _prompt_of(self, question: str) -> Prompt:
+        """The question as this memory's Q-Former reads it."""
+        return self.qformer.prompt(self.lab.bundle.manifest.templates.qformer_text(question))
 
     def see(self, frame: Encoded, time_s: float, *, disturbed: bool = False) -> None:
         """One frame into the bank and past all standing questions."""
@@ -192,6 +229,7 @@ class Unit:
         scenes: how long it is.
         policies: what to compare on it ("glitches": always `mbc`, with a gate and without).
         asked: at most so many questions at each length.
+        weights: whose weights read the memories ("glitches": always the shipped ones).
     """
 
     part: str
@@ -199,14 +237,16 @@ class Unit:
     scenes: int
     policies: tuple[Policy, ...] = ("mbc",)
     asked: int = 16
+    weights: Weights = "shipped"
 
     @property
     def name(self) -> str:
-        return f"{self.part}/{self.stream}/{self.scenes}/{'+'.join(self.policies)}"
+        name = f"{self.part}/{self.stream}/{self.scenes}/{'+'.join(self.policies)}"
+        return name if self.weights == "shipped" else f"{name}/{self.weights}"
 
 
 Rows = list[dict[str, Any]]
-"""One row per setting: `mode`, `policy`, `scenes` or `condition`; `kinds`, `answers`, and `right` as 0 and 1 in one string."""
+"""A row per setting: `mode`, `policy`, `weights`, `scenes` or `condition`; `kinds`, `answers`, and `right`, a 0 or 1 for each."""
 
 
 def measure(lab: Laboratory, unit: Unit) -> Rows:
@@ -220,7 +260,7 @@ def _lengths(lab: Laboratory, unit: Unit) -> Iterator[dict[str, Any]]:
     scenes, keys, ends = lab.stream(unit.stream, unit.scenes)
     lengths = {ends[length - 1]: length for length in LENGTHS if length <= unit.scenes}
     questions = {length: lab.questions(scenes[:length], unit.stream)[: unit.asked] for length in lengths.values()}
-    memories = {policy: lab.memory(policy) for policy in unit.policies}
+    memories = {policy: lab.memory(policy, unit.weights) for policy in unit.policies}
     carried: dict[tuple[Policy, int], list[StandingQuestion]] = {}
     if unit.part == "standing":
         carried = {
@@ -241,8 +281,9 @@ def _lengths(lab: Laboratory, unit: Unit) -> Iterator[dict[str, Any]]:
                 softs = [standing.answer() for standing in mine]
                 memory.standing = [standing for standing in memory.standing if standing not in mine]
             else:
-                softs = [memory.qformer.replay(lab.prompt_of(question.text)) for question in questions[length]]
-            yield {"mode": unit.part, "policy": policy, "scenes": length, **_scored(lab, softs, questions[length])}
+                softs = [memory.qformer.replay(memory.prompt_of(question.text)) for question in questions[length]]
+            setting = {"mode": unit.part, "policy": policy, "weights": unit.weights, "scenes": length}
+            yield {**setting, **_scored(lab, softs, questions[length])}
 
 
 def _scored(lab: Laboratory, softs: Iterable[SoftPrompt], questions: Sequence[Question]) -> dict[str, Any]:
@@ -266,7 +307,7 @@ def _glitches(lab: Laboratory, unit: Unit) -> Iterator[dict[str, Any]]:
             memory.forget()
             for time_s, frame, disturbed in seen:
                 memory.see(frame, time_s, disturbed=disturbed)
-            softs = [memory.qformer.replay(lab.prompt_of(question.text)) for question in questions]
+            softs = [memory.qformer.replay(memory.prompt_of(question.text)) for question in questions]
             yield {
                 "mode": "replay", "policy": "mbc", "condition": condition, "gate": gate, "glitch_share": memory.glitch_share(),
                 "disturbed": float(np.mean([disturbed for *_, disturbed in frames])),
@@ -309,6 +350,27 @@ def past(rows: Rows, *kinds: str) -> list[bool]:
         for kind, hit in zip(row["kinds"], row["right"], strict=True)
         if (kind in kinds if kinds else kind != "present")
     ]
+
+
+def paired(ours: Rows, theirs: Rows) -> tuple[list[bool], list[bool]]:
+    """Whether each question about the past was answered right, for two sets of rows, where both were asked it.
+
+    Rows are paired by `stream` and `scenes`: a stream's questions at a length come in one order, some rows have fewer of them.
+    """
+    found: tuple[list[bool], list[bool]] = ([], [])
+    others = {(row["stream"], row["scenes"]): row for row in theirs}
+    for row in ours:
+        other = others.get((row["stream"], row["scenes"]))
+        if other is None:
+            continue
+        both = min(len(row["kinds"]), len(other["kinds"]))
+        if row["kinds"][:both] != other["kinds"][:both] or row["answers"][:both] != other["answers"][:both]:
+            raise ValueError(f"stream {row['stream']} at {row['scenes']} scenes was asked other questions.")
+        for kind, *hits in zip(row["kinds"], row["right"], other["right"], strict=False):
+            if kind != "present":
+                found[0].append(hits[0] == "1")
+                found[1].append(hits[1] == "1")
+    return found
 
 
 def majority(rows: Rows) -> float | None:

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from threadpoolctl import threadpool_limits
 
 from keepsight.export.pools import CHANNELS, SUCCESSORS, TOKENS, Pools
-from keepsight.runtime.memory import MemoryBank, Rider
+from keepsight.runtime.memory import MemoryBank, Policy, Rider
 from keepsight.runtime.positions import OrderPositions
 from keepsight.runtime.scenes import FADE_SHARE, HOLD_FRAMES, plan_scenes
 
@@ -131,10 +131,11 @@ def _label(pools: Pools, index: int) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class BankShape:
-    """The bank that is trained for: memory length M and the number of time buckets of its positions."""
+    """The bank that is trained for: memory length M, the number of time buckets of its positions, and how it makes room."""
 
     length: int
     time_buckets: int
+    policy: Policy = "mbc"
 
     @property
     def slots(self) -> int:
@@ -158,7 +159,7 @@ def _stream(index: int, whole: bool) -> dict[str, Any]:
     rng = np.random.default_rng([seed, 10 + whole, index])
     walk = _walk(pools, rng, MAX_SCENES)
     projected = basis.project(walk.features)
-    bank = MemoryBank(length=shape.length, tokens=TOKENS, channels=CHANNELS, riders=_RIDERS)
+    bank = MemoryBank(length=shape.length, tokens=TOKENS, channels=CHANNELS, riders=_RIDERS, policy=shape.policy)
     positions = OrderPositions(shape.slots, shape.time_buckets)
     wanted = set(rng.choice(np.flatnonzero(walk.settled), SNAPSHOTS, replace=False).tolist())
     rows: dict[str, list[Any]] = {}
@@ -169,6 +170,7 @@ def _stream(index: int, whole: bool) -> dict[str, Any]:
             _record(rows, merge=bank.last_merge[0], rank=bank.rank_of_slot[0], size=bank.sizes[0], bucket=positions.step(bank))
         elif frame in wanted:
             slots, shown = (bank.riders[name][0].astype(np.float16) for name in ("basis", "shown"))
+            shown[~bank.visible[0]] = 0  # a slot that a policy gave up keeps its rows, and nobody is to look there
             bucket, scene = positions.replay(bank), walk.scene[frame]
             _record(rows, slots=slots, shown=shown, rank=bank.rank_of_slot[0], bucket=bucket, scene=scene)
     if whole:
@@ -211,6 +213,9 @@ def build_streams(
     arrays = {path.stem: np.load(path, mmap_mode="r") for path in target.glob("*.npy")}
     if len(arrays["pictures"]) != count:
         raise ValueError(f"{target} holds {len(arrays['pictures'])} streams, {count} are asked for; remove the folder.")
+    made = BankShape(**json.loads((target / "shape.json").read_text()))
+    if made != shape:
+        raise ValueError(f"{target} was made for {made}, {shape} is asked for; remove the folder.")
     return arrays
 
 
@@ -236,7 +241,7 @@ def _write_streams(
         np.save(folder / f"{key}.npy", np.concatenate(parts))
     np.save(folder / "pictures.npy", np.array(pictures))
     np.save(folder / "stream.npy", np.array(stream_of))
-    (folder / "shape.json").write_text(json.dumps({"length": shape.length, "time_buckets": shape.time_buckets}))
+    (folder / "shape.json").write_text(json.dumps(vars(shape)))
 
 
 def labels_until(pools: Pools, pictures: NDArray[np.int64], scene: int) -> list[tuple[str, str]]:

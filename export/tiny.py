@@ -24,6 +24,7 @@ from keepsight.export.vocabulary import build_tokenizer
 from keepsight.runtime.bundle import Bundle, find_packaged
 from keepsight.runtime.gguf_cache import requantised
 from keepsight.runtime.llm import LLM
+from keepsight.runtime.memory import Policy
 
 MEMORY_LENGTH = 10
 TIME_BUCKETS = 32
@@ -37,19 +38,20 @@ HINT_WEIGHT, ROW_WEIGHT = 0.5, 2.0
 class _Data:
     """Everything that batches are drawn from."""
 
-    def __init__(self, work: Path, seed: int) -> None:
+    def __init__(self, work: Path, seed: int, policy: Policy) -> None:
         work.mkdir(parents=True, exist_ok=True)
         self.vision = work / "vision.onnx"
         if not self.vision.exists():
             export_vision(self.vision)
-        shape = BankShape(MEMORY_LENGTH, TIME_BUCKETS)
+        shape = BankShape(MEMORY_LENGTH, TIME_BUCKETS, policy)
         pools = build_pools(work / "pools", self.vision, seed)
         self.basis = fit_basis(pools, work / "basis.npz")
         questions = self.questions = QuestionSet()
         self.tokenizer_file = work / "tokenizer.json"
         self.tokenizer = build_tokenizer(questions.texts(), self.tokenizer_file)
         text = TextBatch(self.tokenizer)
-        arrays = build_streams(work / "streams", pools, self.basis, shape, count=STREAMS, whole=False, seed=seed)
+        streams = work / _named("streams", policy)
+        arrays = build_streams(streams, pools, self.basis, shape, count=STREAMS, whole=False, seed=seed)
         cache = work / "projected"
         cache.mkdir(exist_ok=True)
         self.pictures = PictureBatches(pools, self.basis, questions, text, cache)
@@ -57,15 +59,25 @@ class _Data:
         self.held_out = SnapshotBatches(arrays, pools, self.basis, questions, text, range(STREAMS - HELD_OUT, STREAMS))
 
 
-def train_tiny(work: Path, out: Path, *, seed: int, threads: int | None) -> None:
+def train_tiny(work: Path, out: Path, *, seed: int, threads: int | None, policy: Policy = "mbc") -> None:
     """Train keepsight-tiny and write its bundle to `out`.
+
+    Args:
+        work: features and answer rows, which all policies share, and checkpoints: of another policy than `mbc` in a folder of
+            its name.
+        out: the bundle's directory.
+        seed: of everything that is drawn.
+        threads: of torch; None is its choice.
+        policy: how the banks that are trained on make room. All else is the same.
 
     Raises:
         MissingComponentError, MissingModelError: a package with weights or data is not installed.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    data = _Data(work, seed)
+    data = _Data(work, seed, policy)
+    folder = work if policy == "mbc" else work / policy
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(seed)
     qformer = QFormer(
         QFormerConfig(
@@ -75,7 +87,7 @@ def train_tiny(work: Path, out: Path, *, seed: int, threads: int | None) -> None
         )
     )  # fmt: skip
     gguf = find_packaged(SMOLLM2)
-    trainer = Trainer(qformer, work, seed)
+    trainer = Trainer(qformer, folder, seed)
     with LLM(requantised(gguf, kind="F16"), n_threads=1) as deployed:
         language = FrozenLanguageModel(gguf, deployed, CHATML)
         rows = learn_answer_rows(language, data.questions, QUERIES, work / "answer-rows.npy", seed)
@@ -84,16 +96,22 @@ def train_tiny(work: Path, out: Path, *, seed: int, threads: int | None) -> None
         trainer.answer_rows = rows
         trainer.run(_modes_stage(data), row_weight=ROW_WEIGHT, hint_weight=HINT_WEIGHT)
         outputs = collect_outputs(qformer, trainer.head, _samples(data, seed))
-        align_projection(qformer, outputs, rows, language, work / "alignment.jsonl", seed)
+        align_projection(qformer, outputs, rows, language, folder / "alignment.jsonl", seed)
     report = trainer.accuracy(_held_out(data, seed))
-    plot_curve(work / "curve.jsonl", work / "curve.png")
-    provenance = {"seed": seed, "command": f"keepsight train --seed {seed}", "held_out_accuracy": report}
+    plot_curve(folder / "curve.jsonl", folder / "curve.png")
+    command = f"keepsight train --seed {seed}" + ("" if policy == "mbc" else f" --policy {policy}")
+    provenance = {"seed": seed, "command": command, "memory": policy, "held_out_accuracy": report}
     write_bundle(
         out, unfold_basis(qformer, data.basis, half_storage=True), vision=data.vision, tokenizer=data.tokenizer_file,
-        memory_length=MEMORY_LENGTH, llm=SMOLLM2, provenance=provenance,
+        memory_length=MEMORY_LENGTH, llm=SMOLLM2, provenance=provenance, name=_named("keepsight-tiny", policy),
     )  # fmt: skip
     Bundle.open(out)
     print(json.dumps(report, indent=2))
+
+
+def _named(name: str, policy: Policy) -> str:
+    """A name for what is made for a policy; MA-LMM's own, `mbc`, goes without saying."""
+    return name if policy == "mbc" else f"{name}-{policy}"
 
 
 def _perception_stages(data: _Data) -> list[Stage]:

@@ -68,7 +68,8 @@ class QFormer:
 
     Args:
         bundle: an opened bundle.
-        memory: how both banks make room; `mbc` is MA-LMM's and what the weights were trained with.
+        memory: how both banks make room; `mbc` is MA-LMM's, and what the shipped weights were trained with. Another than the
+            bundle was trained for, where it says so, is logged as a warning.
         threads: CPU threads of each graph.
         engines: the graphs, already loaded; by default ONNX Runtime on the CPU loads them. Closed with this.
 
@@ -82,6 +83,9 @@ class QFormer:
         self.bundle, self.policy = bundle, memory
         dims = bundle.manifest.dims
         self.dims = dims
+        trained = bundle.manifest.provenance.get("memory", memory)
+        if trained != memory:
+            _log.warning("%s was trained for the memory %s and runs with %s.", bundle.manifest.name, trained, memory)
         self._engines = open_engines(bundle, threads=threads) if engines is None else engines
         self.bank: Bank = visual_bank(dims, self._engines.memory, policy=memory)
         _log.info("the visual memory of %s is on the %s", bundle.manifest.name, self.bank_on)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 
 from keepsight.export.glitches import CONDITIONS, see_through
-from keepsight.export.memory_study import Encoded, Laboratory, Unit, majority, mcnemar, measure, past, summary, wilson
+from keepsight.export.memory_study import Encoded, Laboratory, Unit, majority, mcnemar, measure, paired, past, summary, wilson
+from keepsight.export.weights import INDEX, WEIGHTS, load_qformer
 from keepsight.runtime import Session
 from keepsight.runtime.datasets import open_dataset
 from keepsight.runtime.evaluate import evaluate
+from keepsight.runtime.manifest import write_manifest
+from keepsight.streams.errors import BundleError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def test_the_study_answers_as_eval_does(lab):
                 for frame in source:
                     memory.see(Encoded(np.array(session.qformer.encode(frame.image[None])[0]), False), frame.time_s)
             for question, carried in zip(clip.questions, standing, strict=True):
-                ours["replay"].append(lab.right(memory.qformer.replay(lab.prompt_of(question.text)), question))
+                ours["replay"].append(lab.right(memory.qformer.replay(memory.prompt_of(question.text)), question))
                 ours["standing"].append(lab.right(carried.answer(), question))
     assert ours == official
     assert 2 <= sum(official["replay"]) <= 8
@@ -66,6 +71,65 @@ def test_a_stream_is_the_same_each_time_and_its_prefix_ends_where_a_scene_stands
 def test_a_unit_gives_a_row_per_setting(lab):
     rows = measure(lab, Unit("replay", 0, 5, ("mbc", "last"), asked=3))
     assert [(row["policy"], row["scenes"], len(row["right"])) for row in rows] == [("mbc", 5, 3), ("last", 5, 3)]
+
+
+@pytest.fixture
+def fifo(lab, tmp_path):
+    """The shipped bundle, saying that it was trained for another policy."""
+    folder = tmp_path / "fifo"
+    shutil.copytree(lab.bundle.path, folder)
+    manifest = lab.bundle.manifest.model_copy(update={"provenance": {"memory": "fifo"}})
+    write_manifest(folder, manifest)
+    return folder
+
+
+def test_weights_of_a_policy_s_own_are_read_from_its_bundle(lab, fifo):
+    index = json.loads((fifo / INDEX).read_text())["parameters"]["llm_proj.weight"]
+    with (fifo / WEIGHTS).open("r+b") as file:
+        file.seek(index["offset"])
+        file.write(bytes(np.dtype(index["dtype"]).itemsize * math.prod(index["shape"])))  # zeros
+    write_manifest(fifo, lab.bundle.manifest.model_copy(update={"provenance": {"memory": "fifo"}}))
+    own = Laboratory(3, {"fifo": fifo})
+    softs = []
+    for memory in (own.memory("fifo", "own"), own.memory("fifo")):
+        memory.see(own.encoded(("held", 0, 0)), 0.0)
+        softs.append(memory.qformer.replay(memory.prompt_of("what color is the shape?")))
+        assert memory.qformer.policy == "fifo"
+    bias = load_qformer(lab.bundle.path).llm_proj.bias.detach().numpy()
+    np.testing.assert_allclose(softs[0].rows, np.broadcast_to(bias, softs[0].rows.shape), atol=1e-5)
+    assert np.abs(softs[1].rows - bias).max() > 0.1
+    with pytest.raises(UsageError, match="no weights were given that are trained for last"):
+        own.memory("last", "own")
+
+
+def test_a_unit_s_rows_say_whose_weights_they_are_of(lab, fifo):
+    """The copy's weights are the shipped ones: so are its answers."""
+    (own,) = measure(Laboratory(3, {"fifo": fifo}), Unit("replay", 0, 5, ("fifo",), asked=2, weights="own"))
+    (shipped,) = measure(lab, Unit("replay", 0, 5, ("fifo",), asked=2))
+    assert own == {**shipped, "weights": "own"} and shipped["weights"] == "shipped"
+
+
+def test_weights_that_can_t_be_compared_are_refused(lab, fifo):
+    with pytest.raises(BundleError, match=r"was trained for fifo, not for average.*--policy average"):
+        Laboratory(3, {"average": fifo})
+    with pytest.raises(BundleError, match="was trained for mbc, not for fifo"):
+        Laboratory(3, {"fifo": lab.bundle.path})
+    manifest = lab.bundle.manifest
+    other = manifest.decoding.model_copy(update={"max_tokens": 3})
+    write_manifest(fifo, manifest.model_copy(update={"provenance": {"memory": "fifo"}, "decoding": other}))
+    with pytest.raises(BundleError, match="more than the Q-Former's weights"):
+        Laboratory(3, {"fifo": fifo})
+
+
+def test_answers_are_paired_where_both_were_asked():
+    row = {"stream": 1, "scenes": 5, "kinds": ["first", "present", "count"], "answers": ["red", "no", "two"], "right": "101"}
+    fewer = {**row, "kinds": ["first", "present"], "answers": ["red", "no"], "right": "01"}
+    elsewhere = {**row, "stream": 2}
+    assert paired([row, elsewhere], [fewer]) == ([True], [False])
+    assert paired([row], [{**row, "right": "110"}]) == ([True, True], [True, False])
+    assert paired([row], [elsewhere]) == ([], [])
+    with pytest.raises(ValueError, match="other questions"):
+        paired([row], [{**fewer, "answers": ["blue", "no"]}])
 
 
 def test_conditions_disturb_as_they_say():
