@@ -126,22 +126,15 @@ def ask(
         with _session(bundle, variant, memory, threads, backend, cuda_graphs) as session:
             _ask_log(session, history, question, typed, prompt=prompt, choices=choices, score=score, as_json=as_json)
         return
-    if typed is not None and mode == "standing":
-        raise UsageError(
-            "A standing question has mixed all times it has seen, and can't be limited to some.", fix="Use --mode replay."
-        )
     put_as: ModeName = mode or ("standing" if typed is None else "replay")
-    if choices is not None and (typed is not None or evidence is not None):
-        raise UsageError("--options can't be used with an interval or --evidence.", fix="Ask without --options.")
+    _refuse_mixed(typed, put_as, choices, evidence)
     saved = Snapshot.read(source) if is_snapshot(source) else None
     if saved is None:
         _refuse_missing(source)
         if memory == "concat":
             _refuse_for_concat(source, put_as)
-    elif when is not None:
-        raise UsageError("A snapshot has its own moment: --when can't be used with it.", fix="Leave it out.")
-    elif memory == "concat":
-        raise UsageError("A snapshot is of a memory; concat has none.", fix="Leave --memory out.")
+    else:
+        _refuse_for_snapshot(when, memory)
     with _session(bundle, variant, memory, threads, backend, cuda_graphs, gate) as session:
         if saved is not None:
             put = ask_saved(session, saved, question, prompt=prompt, mode=put_as)
@@ -415,6 +408,24 @@ def _choices(options: str) -> tuple[str, ...]:
     from keepsight.runtime.ranking import checked_options
 
     return checked_options([option.strip() for option in options.split(",")])
+
+
+def _refuse_mixed(typed: TypedInterval | None, mode: ModeName, choices: tuple[str, ...] | None, evidence: Path | None) -> None:
+    """Ways to ask that exclude each other."""
+    if typed is not None and mode == "standing":
+        raise UsageError(
+            "A standing question has mixed all times it has seen, and can't be limited to some.", fix="Use --mode replay."
+        )
+    if choices is not None and (typed is not None or evidence is not None):
+        raise UsageError("--options can't be used with an interval or --evidence.", fix="Ask without --options.")
+
+
+def _refuse_for_snapshot(when: float | None, memory: OfflineMemoryName) -> None:
+    """What a saved memory can't be asked with."""
+    if when is not None:
+        raise UsageError("A snapshot has its own moment: --when can't be used with it.", fix="Leave it out.")
+    if memory == "concat":
+        raise UsageError("A snapshot is of a memory; concat has none.", fix="Leave --memory out.")
 
 
 def _refuse_missing(source: str) -> None:
