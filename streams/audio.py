@@ -80,7 +80,6 @@ class Audio(Iterator[Sound]):
         self._timeouts = timeouts or Timeouts()
         self._closed = threading.Event()
         self._tracks: Tracks | None = None
-        self._given: int | None = None  # one behind the last sample that was given
         self._origin_s: float | None = None
         self._uri: SourceURI | None = None
         self._microphone: Microphone | None = None

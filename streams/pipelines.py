@@ -123,7 +123,7 @@ def build(recipe: Recipe) -> Any:
     return pipeline
 
 
-def test_patterns() -> list[str]:
+def pattern_names() -> list[str]:
     """The names that `test://` takes, as this machine's videotestsrc has them."""
     gst = load_gst()
     pattern = gst.ElementFactory.make("videotestsrc").find_property("pattern")
@@ -147,7 +147,7 @@ def _http(uri: SourceURI, delivery: Delivery, board: Board) -> _Head:
 
 
 def _test(uri: SourceURI, delivery: Delivery, board: Board) -> _Head:
-    known = test_patterns()
+    known = pattern_names()
     if uri.location not in known:
         raise UsageError(f"test://{uri.location} is not a test pattern.", fix=f"Use one of: {', '.join(known)}.")
     live = "false" if delivery == "every" else "true"
