@@ -183,15 +183,18 @@ def test_a_disk_that_takes_no_more_stops_the_recording_once_and_never_the_frames
 
 
 def test_other_coded_video_is_recorded_as_it_comes_too(media: Path, tmp_path: Path) -> None:
-    with Recorder(tmp_path / "r", 10_000_000) as recorder, Source(media / "clip.avi", branches=(recorder.branch,)) as source:
+    # At its own speed: read as fast as a busy machine can, a file overruns the queue of its recorder, which may not hold it up.
+    recorder = Recorder(tmp_path / "r", 10_000_000)
+    with recorder, Source(media / "clip.avi", pace="realtime", branches=(recorder.branch,)) as source:
         frames = list(source)
     (segment,) = recorder.segments
     assert segment.path.suffix == ".mkv"
     made = clip(tmp_path / "r", segment.start_s - 1, segment.start_s + 60, tmp_path / "out.mkv")
     cut = list(Source(tmp_path / "out.mkv"))
     assert len(cut) == made.frames > 90
-    # Not encoded again: JPEG by JPEG the same picture.
-    assert all((frame.image == frames[frame.index].image).all() for frame in cut)
+    # Not encoded again: every picture that was read while it was recorded is in the clip, bit for bit.
+    recorded = {frame.image.tobytes() for frame in cut}
+    assert len(frames) > 20 and all(frame.image.tobytes() in recorded for frame in frames)
 
 
 def test_pictures_sent_out_of_order_are_cut_in_order(gst: object, tmp_path: Path, gst_run: Callable[[str, Path], Path]) -> None:
