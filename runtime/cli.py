@@ -534,14 +534,15 @@ def _print_scores(report: dict[str, Any]) -> None:
 
 
 def _join_commands() -> None:
-    """Let every folder add its commands; `export` needs torch, so without it one command says how to get it."""
-    for folder in ("streams", "export"):
+    """Let every part add its commands; `export` needs torch, so without it one command says how to get it."""
+    parts = ("streams", "runtime.profiling", "runtime.planning", "runtime.doctor", "export")
+    for name in (f"keepsight.{part}.cli" for part in parts):
         try:
-            found = importlib.util.find_spec(f"keepsight.{folder}.cli")
+            found = importlib.util.find_spec(name)
         except ImportError:
             found = None
         if found is not None:
-            importlib.import_module(f"keepsight.{folder}.cli").commands(app)
+            importlib.import_module(name).commands(app)
 
 
 _join_commands()

@@ -15,7 +15,9 @@ KeepsightError                                         1  internal
 ├── DatasetError          (ValueError)                12  dataset
 ├── CheckpointError       (ValueError)                13  checkpoint
 ├── ParityError           (ArithmeticError)           14  parity
-└── SnapshotError         (ValueError)                15  snapshot
+├── SnapshotError         (ValueError)                15  snapshot
+├── RegressionError       (RuntimeError)              16  regression
+└── UnhealthyError        (RuntimeError)              17  unhealthy
 ```
 
 The built-in beside each name is its second base, so code that knows only Python can still catch it. The number is
@@ -39,10 +41,12 @@ __all__ = [
     "MissingModelError",
     "NoFrameError",
     "ParityError",
+    "RegressionError",
     "SnapshotError",
     "SourceLostError",
     "SourceNotFoundError",
     "SourceUnreadableError",
+    "UnhealthyError",
     "UsageError",
 ]
 
@@ -173,3 +177,17 @@ class SnapshotError(KeepsightError, ValueError):
 
     exit_code: ClassVar[int] = 15
     kind: ClassVar[str] = "snapshot"
+
+
+class RegressionError(KeepsightError, RuntimeError):
+    """A profile is slower or bigger than the one it was compared with."""
+
+    exit_code: ClassVar[int] = 16
+    kind: ClassVar[str] = "regression"
+
+
+class UnhealthyError(KeepsightError, RuntimeError):
+    """`keepsight doctor` found something that keeps this machine from working."""
+
+    exit_code: ClassVar[int] = 17
+    kind: ClassVar[str] = "unhealthy"
