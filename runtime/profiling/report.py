@@ -92,7 +92,7 @@ class Stage(_Part):
 
 
 class Phase(_Part):
-    """A step of the cold start: opening the bundle, loading an engine or the language model, the first frame, the first answer."""
+    """A step of the cold start: opening the bundle, loading an engine or the language model, first frame, first answer."""
 
     name: str
     ms: float
