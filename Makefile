@@ -19,7 +19,7 @@ help:
 	@echo "make test    set up what is missing, then ruff, mypy and pytest (options: PYTEST_ARGS=...)"
 	@echo "make setup   only the set-up of make demo: system packages, .venv, llama.cpp, keepsight[tiny]"
 	@echo "make lint    only ruff and mypy"
-	@echo "make results measure the README's accuracy table again (about 20 minutes)"
+	@echo "make results measure the accuracy table of keepsight-tiny again (about 20 minutes)"
 	@echo "make restart-test  kill a watching process 50 times, restore it, compare its answers with an unbroken run's (about 4 minutes)"
 	@echo "make flatness time and memory over 100,000 frames again (about 30 minutes)"
 	@echo "make memory-study measure how long memories hold, and what glitch frames do to them (about 15 minutes)"
