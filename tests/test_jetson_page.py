@@ -152,7 +152,7 @@ def keepsight_lines(text: str) -> Iterator[list[str]]:
             continue
         if Path(words[0]).name == "keepsight":
             yield words[1:]
-        elif words[:2] == ["docker", "run"]:
+        elif words[:2] == ["docker", "run"] and "--entrypoint" not in words:
             yield words[next(index for index, word in enumerate(words) if re.match(r"^keepsight:\w+$", word)) + 1 :]
 
 
