@@ -142,56 +142,63 @@ class DecoderWatch:
         into, out_of = element.get_static_pad("sink"), element.get_static_pad("src")
         if into is None or out_of is None:
             return
-        ledger = Ledger()
-        self._ledgers.append(ledger)
+        watched = _Watched()
+        self._ledgers.append(watched.ledger)
         data = self._gst.PadProbeType.BUFFER | self._gst.PadProbeType.EVENT_DOWNSTREAM
-        into.add_probe(data, self._on_coded, ledger)
-        out_of.add_probe(data, self._on_decoded, ledger)
+        into.add_probe(data, watched.on_coded)
+        out_of.add_probe(data, watched.on_decoded)
 
-    def _on_coded(self, pad: Any, info: Any, ledger: Ledger) -> Any:
-        gst, flags = self._gst, self._gst.BufferFlags
-        if not info.type & gst.PadProbeType.BUFFER:
-            if info.get_event().type == gst.EventType.SEGMENT:
-                ledger.moved()
-            return gst.PadProbeReturn.OK
+
+class _Watched:
+    """What goes into one decoder, and what comes out of it. Its probes run for every picture: what events say is kept."""
+
+    def __init__(self) -> None:
+        gst = load_gst()
+        self._ok, self._none, self._buffer = gst.PadProbeReturn.OK, gst.CLOCK_TIME_NONE, gst.PadProbeType.BUFFER
+        self._kinds, self._flags, self._time = gst.EventType, gst.BufferFlags, gst.Format.TIME
+        self._start, self._stop = 0, self._none  # what is to be shown, in ns
+        self._is_vp8 = False
+        self.ledger = Ledger()
+
+    def on_coded(self, pad: Any, info: Any) -> Any:
+        if not info.type & self._buffer:
+            self._read(info.get_event())
+            return self._ok
         buffer = info.get_buffer()
-        pts = None if buffer.pts == gst.CLOCK_TIME_NONE else buffer.pts
-        if buffer.has_flags(flags.DECODE_ONLY) or _is_hidden(pad, buffer):
-            return gst.PadProbeReturn.OK
-        if pts is None or self._is_to_be_shown(pad, pts):
-            ledger.entered(pts, is_key=not buffer.has_flags(flags.DELTA_UNIT))
-        return gst.PadProbeReturn.OK
+        pts: int = buffer.pts
+        # Outside of the segment it is decoded only for what follows.
+        is_shown = pts == self._none or self._start <= pts < self._stop
+        if is_shown and not buffer.has_flags(self._flags.DECODE_ONLY) and not (self._is_vp8 and _is_hidden(buffer)):
+            self.ledger.entered(None if pts == self._none else pts, is_key=not buffer.has_flags(self._flags.DELTA_UNIT))
+        return self._ok
 
-    def _is_to_be_shown(self, pad: Any, pts: int) -> bool:
-        """False for what lies outside of the segment: it is decoded only for what follows."""
-        event = pad.get_sticky_event(self._gst.EventType.SEGMENT, 0)
-        if event is None:
-            return True
-        inside: bool = event.parse_segment().to_running_time(self._gst.Format.TIME, pts) != self._gst.CLOCK_TIME_NONE
-        return inside
+    def on_decoded(self, pad: Any, info: Any) -> Any:
+        if info.type & self._buffer:
+            buffer = info.get_buffer()
+            pts = buffer.pts
+            self.ledger.left(None if pts == self._none else pts, corrupted=buffer.has_flags(self._flags.CORRUPTED))
+            return self._ok
+        event = info.get_event()
+        if event.type == self._kinds.EOS:
+            self.ledger.ended()
+        elif event.type == self._kinds.CAPS:
+            mode = event.parse_caps().get_structure(0).get_string("interlace-mode")
+            self.ledger.interlaced = self.ledger.interlaced or mode not in (None, "progressive")
+        return self._ok
 
-    def _on_decoded(self, pad: Any, info: Any, ledger: Ledger) -> Any:
-        gst = self._gst
-        if not info.type & gst.PadProbeType.BUFFER:
-            event = info.get_event()
-            if event.type == gst.EventType.EOS:
-                ledger.ended()
-            elif event.type == gst.EventType.CAPS:
-                mode = event.parse_caps().get_structure(0).get_string("interlace-mode")
-                ledger.interlaced = ledger.interlaced or mode not in (None, "progressive")
-            return gst.PadProbeReturn.OK
-        buffer = info.get_buffer()
-        pts = None if buffer.pts == gst.CLOCK_TIME_NONE else buffer.pts
-        ledger.left(pts, corrupted=buffer.has_flags(gst.BufferFlags.CORRUPTED))
-        return gst.PadProbeReturn.OK
+    def _read(self, event: Any) -> None:
+        if event.type == self._kinds.CAPS:
+            self._is_vp8 = event.parse_caps().get_structure(0).get_name() == "video/x-vp8"
+        elif event.type == self._kinds.SEGMENT:
+            segment = event.parse_segment()
+            timed = segment.format == self._time
+            self._start, self._stop = (segment.start, segment.stop) if timed else (0, self._none)
+            self.ledger.moved()
 
 
 _NOTHING = Ledger()
 
 
-def _is_hidden(pad: Any, buffer: Any) -> bool:
+def _is_hidden(buffer: Any) -> bool:
     """Whether this is a picture of VP8 that others refer to and nobody sees: `show_frame` is 0 (RFC 6386, section 9.1)."""
-    caps = pad.get_current_caps()
-    if caps is None or caps.get_structure(0).get_name() != "video/x-vp8" or buffer.get_size() == 0:
-        return False
-    return not buffer.extract_dup(0, 1)[0] & 0x10
+    return buffer.get_size() > 0 and not buffer.extract_dup(0, 1)[0] & 0x10
