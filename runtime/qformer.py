@@ -149,6 +149,16 @@ class QFormer:
         other.bank, other._visual = visual_bank(self.dims, policy=self.policy), {}
         return other
 
+    def beside(self) -> QFormer:
+        """The same graphs over another visual bank of the same kind, for another stream. Close the first one alone.
+
+        Raises:
+            EngineError: the bank of this one is on a device, which has no room for another.
+        """
+        other = copy.copy(self)
+        other.bank, other._visual = visual_bank(self.dims, self._engines.more_memory(), policy=self.policy), {}
+        return other
+
     def prompt(self, text: str) -> Prompt:
         """Prepare a question (already in the Q-Former's template).
 
