@@ -166,6 +166,17 @@ class Session:
             observer(features, frame)
         return cost
 
+    def remember_at_most(self, length: int) -> None:
+        """Let the memory and that of every standing question store fewer slots, or so many again (`MemoryBank.limit_to`).
+
+        Raises:
+            UsageError: not 1 to the bundle's memory length; the memory is on a device.
+        """
+        with self._memory_lock:
+            self._qformer.limit_to(length)
+            for standing in self._standing:
+                standing.carried.bank.limit_to(length)
+
     def observe(self, observer: Callable[[Tensor, Frame], None]) -> None:
         """Call this with the features `[N, C]` of every frame that was remembered, on the thread that sees it.
 
