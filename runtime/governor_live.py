@@ -97,6 +97,7 @@ class _Frames:
         newest, costs = self._newest, list(self._costs)
         if newest is None or not costs or self._clock() - newest[0] > max(5.0, 3 * interval_s):
             return None, None
+        # Of a file that is read as fast as it comes, no frame is late.
         watched = self._session.watcher is not None and self._session.watcher.source.is_live
         return median(costs), newest[1] if watched else None
 
@@ -221,13 +222,18 @@ class LiveGovernor:
         self._thread = threading.Thread(target=self._run, name="keepsight-governor", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Stop, and turn every knob to full. Closing twice does nothing."""
+    def close(self, *, restore: bool = True) -> None:
+        """Stop, and turn every knob to full. Closing twice does nothing.
+
+        Args:
+            restore: False leaves the knobs as they are, where the sessions end anyway: a full context would need memory again.
+        """
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            self._knobs.turn((), self._usual_s)
+            if restore and self.governor.level:
+                self._knobs.turn((), self._usual_s)
 
     def __enter__(self) -> LiveGovernor:
         self.start()
@@ -264,8 +270,9 @@ class LiveGovernor:
         return factors[-1], factors[-2]
 
     def _needs(self) -> tuple[int, int]:
-        """Bytes that the sessions may still take, as things are and at full: what of their banks has never been filled."""
-        now = full = 0
+        """Bytes that the sessions may still take, as things are and at full: of their banks, and of contexts made smaller."""
+        now, models = 0, zip(self._knobs.models, self._knobs.full_ctx, strict=True)
+        full = sum(model.position_bytes * (positions - model.n_ctx) for model, positions in models)
         for session in self.sessions:
             for bank in (session.qformer.bank, *(one.carried.bank for one in session.standing)):
                 by_slot = bank.nbytes // bank.slots
@@ -313,5 +320,9 @@ def governed(
         from keepsight.runtime.sensors import Sensors
 
         sensors = Sensors()
-    with LiveGovernor(session, steps, sensors, tell=tell) as governor:
+    governor = LiveGovernor(session, steps, sensors, tell=tell)
+    governor.start()
+    try:
         yield governor
+    finally:
+        governor.close(restore=False)

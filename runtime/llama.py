@@ -127,6 +127,12 @@ class Llama:
         """Whether `close` has run."""
         return self._model is None
 
+    @property
+    def position_bytes(self) -> int:
+        """About what a position of the context takes: its keys and values of all layers, in F16."""
+        width = C.llama_model_n_embd(self._model) // C.llama_model_n_head(self._model) * C.llama_model_n_head_kv(self._model)
+        return int(2 * 2 * C.llama_model_n_layer(self._model) * width)
+
     # What may change while the model stays loaded
 
     def set_threads(self, count: int) -> None:

@@ -233,6 +233,11 @@ class LLM:
         return self._llama.n_threads
 
     @property
+    def position_bytes(self) -> int:
+        """About what a position of the context takes."""
+        return self._llama.position_bytes
+
+    @property
     def newest_prefill(self) -> Prefill | None:
         """What the last prompt took; None before the first."""
         return self._sequences.newest
