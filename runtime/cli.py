@@ -21,6 +21,7 @@ from keepsight.runtime.options import (
     EvidenceOption,
     FeatureLogOption,
     GateOption,
+    GovernorOption,
     GraphsOption,
     JsonOption,
     LogBytesOption,
@@ -225,6 +226,7 @@ def run(
     preview: PreviewOption = None,
     record: RecordOption = None,
     record_bytes: RecordBytesOption = "2GB",
+    governor: GovernorOption = "on",
 ) -> None:
     """Watch live and answer what you type; Ctrl-C or Ctrl-D leaves.
 
@@ -232,11 +234,14 @@ def run(
     its name: `door: what is there?`. Snapshots, logs and recordings are then of each camera, in the folder that is named.
     """
     from keepsight.runtime.cameras_run import converse_with_cameras, folders, kept_each, parse_cameras, sessions_for
+    from keepsight.runtime.governor_live import governed
+    from keepsight.runtime.governor_steps import parse_steps
     from keepsight.runtime.keep import kept, parse_bytes
     from keepsight.runtime.side import beside, beside_each
     from keepsight.runtime.watch import converse
 
     budget = parse_bytes(log_bytes)
+    parse_steps(governor)
     keep: dict[str, Any] = {"snapshot": snapshot, "save_every_s": save_every, "kv": snapshot_kv}
     keep |= {"log": feature_log, "log_every_s": log_every, "log_bytes": budget}
     if camera or source is None:
@@ -256,8 +261,9 @@ def run(
         _session(bundle, variant, memory, threads, backend, cuda_graphs, gate) as session,
         kept(session, source, **keep),
         beside(source, preview, record, record_bytes) as branches,
-    ):
-        converse(session, source, log=feature_log, branches=branches)
+        governed(session, governor, _tell) as at_work,
+    ):  # fmt: skip
+        converse(session, source, log=feature_log, branches=branches, status=None if at_work is None else at_work.status)
         _tell_gate(session)
 
 
@@ -279,13 +285,18 @@ def watch(
     cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
     preview: PreviewOption = None,
+    governor: GovernorOption = "on",
     as_json: JsonOption = False,
 ) -> None:
     """Carry questions along and print an answer whenever it changes; Ctrl-C leaves with a summary."""
+    from keepsight.runtime.governor_live import governed
+    from keepsight.runtime.governor_steps import parse_steps
     from keepsight.runtime.side import beside
     from keepsight.runtime.standing import StandingQuestions, follow_camera, follow_file, parse_question
 
     asked = [parse_question(spelling) for spelling in question]
+    parse_steps(governor)
+    degraded: dict[str, Any] = {}
     _refuse_missing(source)
     with _session(bundle, variant, memory, threads, backend, cuda_graphs, gate) as session:
         standing = StandingQuestions(
@@ -295,8 +306,12 @@ def watch(
         frames = session.source(source)
         try:
             if realtime or frames.is_live:
-                with beside(source, preview, None) as branches:
-                    follow_camera(standing, source, until_s=seconds, branches=branches)
+                with beside(source, preview, None) as branches, governed(session, governor, _tell) as at_work:
+                    try:
+                        follow_camera(standing, source, until_s=seconds, branches=branches)
+                    finally:
+                        if at_work is not None and at_work.governor.transitions:
+                            degraded["governor"] = at_work.metrics()
             elif preview is not None:
                 raise UsageError("--preview of a file needs --realtime.", fix="Add --realtime.")
             else:
@@ -305,7 +320,7 @@ def watch(
         except KeyboardInterrupt:
             typer.echo(err=True)
         if as_json:
-            _print_json(standing.summary.as_dict())
+            _print_json(standing.summary.as_dict() | degraded)
         else:
             typer.echo(str(standing.summary), err=True)
         _tell_gate(session)
@@ -527,6 +542,10 @@ def _session(
         opened = Bundle(opened.path, opened.manifest.model_copy(update={"llm": None}), opened.variant)
     engines = open_engines(opened, backend, threads=threads or 1, cuda_graphs=cuda_graphs)
     return Session(opened, memory=memory, threads=threads, engines=engines, gate=FrameGate() if gate else None)
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _tell_gate(session: Session, whose: str = "") -> None:

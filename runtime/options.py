@@ -58,6 +58,13 @@ PreviewOption = Annotated[
 ]
 RecordOption = Annotated[Path | None, typer.Option(help="Record the camera's video to this folder, as it comes.")]
 RecordBytesOption = Annotated[str, typer.Option(help="Room for the recording, such as 2GB or 500M; the oldest goes first.")]
+GovernorOption = Annotated[
+    str,
+    typer.Option(
+        help="What to leave out when the machine is too hot, full, late or busy: on, off, or steps such as "
+        "'rate=1/2,memory=10,context=1024'; knobs are rate, memory, context, answer and threads."
+    ),
+]
 FeatureLogOption = Annotated[Path | None, typer.Option(help="Log features of the far past to this folder.")]
 LogEveryOption = Annotated[float, typer.Option(help="Seconds from one logged frame to the next.")]
 LogBytesOption = Annotated[str, typer.Option(help="Room for the log, such as 2G or 500M; the oldest goes first.")]

@@ -92,6 +92,7 @@ class QFormer:
         self._positions = position_policy(bundle.manifest)
         self._table = position_table(bundle)
         self._visual: dict[str, Tensor] = {}
+        self.limit = dims.memory_length
 
     @property
     def bank_on(self) -> Literal["host", "device"]:
@@ -125,6 +126,19 @@ class QFormer:
         self.bank.append(banked, time_s=time_s, riders=riders)
         self._visual = {}
 
+    def limit_to(self, length: int) -> None:
+        """Store fewer slots than `memory_length`, or so many again: the visual bank, and those of questions to come.
+
+        See `MemoryBank.limit_to`.
+
+        Raises:
+            UsageError: not 1 to `memory_length`; the bank is on a device, whose tensors have one size.
+        """
+        if not isinstance(self.bank, MemoryBank):
+            raise UsageError("a memory bank on a device has one size.", fix="Leave its length as it is.")
+        self.bank.limit_to(length)
+        self.limit = length
+
     def bank_state(self, *, kv: bool) -> dict[str, NDArray[Any]]:
         """The visual bank's state; without keys and values `restore_bank` computes them again."""
         return self.bank.state(riders=kv)
@@ -146,7 +160,7 @@ class QFormer:
     def with_empty_bank(self) -> QFormer:
         """The same graphs over another visual bank, on the host, for a replay over other frames. Close the first one alone."""
         other = copy.copy(self)
-        other.bank, other._visual = visual_bank(self.dims, policy=self.policy), {}
+        other.bank, other._visual, other.limit = visual_bank(self.dims, policy=self.policy), {}, self.dims.memory_length
         return other
 
     def beside(self) -> QFormer:
@@ -259,6 +273,7 @@ class StandingQuestion:
             policy=qformer.policy,
             current_outside=True,
         )
+        self.bank.limit_to(qformer.limit)
         self._newest: dict[str, Float32] | None = None
         self._visual: dict[str, Tensor] = {}
 

@@ -42,6 +42,7 @@ from keepsight.runtime.watcher import Watcher
 from keepsight.streams import Frame, LiveSource, Source
 from keepsight.streams.branches import Branch
 from keepsight.streams.errors import BundleError, EngineError, KeepsightError, UsageError
+from keepsight.streams.sampling import Sampler
 from keepsight.streams.uri import SourceURI
 
 
@@ -109,7 +110,6 @@ class Session:
             )
         self._memory_lock = threading.Lock()
         self._encoder_lock = threading.RLock()  # features on a device last until the next frame is encoded
-        self._frame_s = 1 / bundle.manifest.sample_fps  # from one frame of the memory to the next
         self._begin(Clock(), KeyFrames() if key_frames is None else key_frames, gate)
 
     def _begin(self, clock: Clock, key_frames: KeyFrames, gate: FrameGate | None) -> None:
@@ -123,12 +123,18 @@ class Session:
         self._parts: dict[str, Part] = {"clock": self.clock, "key frames": self.key_frames}
         self._unclaimed: dict[str, Mapping[str, Array]] = {}  # of a snapshot, until their owner comes
         self._resume = Resume()
+        self._frame_s = 1 / self.bundle.manifest.sample_fps  # from one frame of the memory to the next
+        self._every_s: float | None = None
+        self._thinned: Sampler | None = None
+        self.answer_tokens: int | None = None  # fewer than the bundle's, if given
+        self.degraded: tuple[str, ...] = ()  # what is left out at present, and why; answers say so
 
     def _sharing(self, qformer: QFormer, clock: Clock, key_frames: KeyFrames, gate: FrameGate | None) -> Session:
         """Another stream's session with this one's graphs (those of `qformer`), language model and locks."""
         other = copy.copy(self)
         other._qformer, other._close = qformer, ExitStack()
         other._begin(clock, key_frames, gate)
+        other.answer_tokens, other.degraded = self.answer_tokens, self.degraded
         return other
 
     def beside(self, *, key_frames: KeyFrames | None = None, gate: FrameGate | None = None) -> Session:
@@ -166,7 +172,7 @@ class Session:
     def see(self, frame: Frame, *, wall_s: float | None = None) -> FrameCost:
         """Encode one frame, put it into the memory, and let every standing question read it.
 
-        A frame that the gate refuses changes nothing, and has cost nothing.
+        A frame that the gate refuses, or that `thin` leaves out, changes nothing, and has cost nothing.
 
         Args:
             frame: later than all before.
@@ -182,6 +188,8 @@ class Session:
                 fix="Open it with Session.source, which scales.",
             )
         if self.gate is not None and not self.gate.admits(frame.image):
+            return FrameCost(0.0, 0.0, 0.0)
+        if self._thinned is not None and not self._thinned.take(frame.time_s):
             return FrameCost(0.0, 0.0, 0.0)
         with self._encoder_lock:
             start = perf_counter()
@@ -219,6 +227,24 @@ class Session:
         for observer in self._observers:
             observer(features, frame)
         return cost
+
+    def thin(self, every_s: float | None) -> None:
+        """Remember one frame every so many seconds from here on, of those that are seen; None: all of them again."""
+        if every_s != self._every_s:
+            self._every_s, self._thinned = every_s, None if every_s is None else Sampler(1 / every_s)
+            # What is remembered lies so far apart, and stays so: times are told no closer than that until all is forgotten.
+            self._frame_s = max(self._frame_s, every_s or 0.0)
+
+    def remember_at_most(self, length: int) -> None:
+        """Let the memory and that of every standing question store fewer slots, or so many again (`MemoryBank.limit_to`).
+
+        Raises:
+            UsageError: not 1 to the bundle's memory length; the memory is on a device.
+        """
+        with self._memory_lock:
+            self._qformer.limit_to(length)
+            for standing in self._standing:
+                standing.carried.bank.limit_to(length)
 
     def observe(self, observer: Callable[[Tensor, Frame], None]) -> None:
         """Call this with the features `[N, C]` of every frame that was remembered, on the thread that sees it.
@@ -275,6 +301,7 @@ class Session:
             self._standing.clear()
             self._unclaimed.clear()
             self._newest, self._resume = None, Resume()
+            self._frame_s = max(1 / self.bundle.manifest.sample_fps, self._every_s or 0.0)
             self.clock.reset()
             self.key_frames.reset()
 
@@ -298,7 +325,7 @@ class Session:
             BundleError: the bundle has no language model.
         """
         asked = perf_counter()
-        llm = self.llm
+        llm, degraded = self.llm, self.degraded
         with self._memory_lock:
             began = perf_counter()
             if interval is not None and self.frames_seen:
@@ -320,7 +347,7 @@ class Session:
         decoding = self.bundle.manifest.decoding
         generation = llm.generate(
             self._segments(text, prompt, soft.rows),
-            max_tokens=decoding.max_tokens,
+            max_tokens=min(decoding.max_tokens, self.answer_tokens or decoding.max_tokens),
             stop=decoding.stop,
             beams=decoding.beams,
             repetition_penalty=decoding.repetition_penalty,
@@ -341,8 +368,9 @@ class Session:
                 tokens_per_s=written.tokens_per_s,
             )
             return Answer(
-                written.text.strip(), text, mode, frame.time_s, frames_seen, written.finish, trace, interval, (), shown, calendar
-            )
+                written.text.strip(), text, mode, frame.time_s, frames_seen, written.finish, trace, interval, (), shown, calendar,
+                degraded,
+            )  # fmt: skip
 
         return AnswerStream(generation, finish)
 
@@ -361,7 +389,7 @@ class Session:
             BundleError: the bundle has no language model.
         """
         asked = perf_counter()
-        options, llm = checked_options(options), self.llm
+        options, llm, degraded = checked_options(options), self.llm, self.degraded
         with self._memory_lock:
             began = perf_counter()
             soft, text, mode, prompt = self._perceive(question, prompt)
@@ -383,12 +411,27 @@ class Session:
             tokens=0,
             tokens_per_s=0.0,
         )
-        return Ranking(tuple(ranked), score, text, mode, frame.time_s, frames_seen, trace)
+        return Ranking(tuple(ranked), score, text, mode, frame.time_s, frames_seen, trace, degraded)
 
     def perceive(self, question: str | Standing, *, prompt: str | None = None) -> SoftPrompt:
         """The Q-Former's part of an answer alone, without the language model."""
         with self._memory_lock:
             return self._perceive(question, prompt)[0]
+
+    @property
+    def has_llm(self) -> bool:
+        """Whether there is a language model to ask."""
+        return self._llm is not None
+
+    @property
+    def watcher(self) -> Watcher | None:
+        """What watches a source for this session; None before `watch`."""
+        return self._watcher
+
+    @property
+    def cost(self) -> FrameCost:
+        """What the newest frame took."""
+        return self._cost
 
     @property
     def llm(self) -> LLM:

@@ -38,16 +38,24 @@ def watch_until(session: Session, source: Source, until_s: float | None) -> None
         raise UsageError(f"{source!r} has no frame to ask about.")
 
 
-def converse(session: Session, uri: str, *, log: Path | None = None, branches: Sequence[Branch] = ()) -> None:
+def converse(
+    session: Session,
+    uri: str,
+    *,
+    log: Path | None = None,
+    branches: Sequence[Branch] = (),
+    status: Callable[[], Sequence[str]] | None = None,
+) -> None:
     """Watch `uri` and answer the lines of standard input, until its end or Ctrl-C. A lost camera is tried again.
 
     Args:
         log: folder of the feature log that is being written, which `/recall` asks.
         branches: what hangs on the stream beside the frames.
+        status: the lines that `/status` shows; None where there is no governor.
     """
     camera = Camera(session, uri, branches=branches)
     camera.wait()
-    words = "/at, /between" if log is None else "/at, /between, /recall"
+    words = "/at, /between, /status" if log is None else "/at, /between, /recall, /status"
     typer.echo(f"Watching {camera.source.uri}. Type a question, or /since 2h QUESTION, {words}; Ctrl-D leaves.", err=True)
     try:
         while True:
@@ -55,7 +63,9 @@ def converse(session: Session, uri: str, *, log: Path | None = None, branches: S
             camera.check()
             if line is None:
                 break
-            if line.strip():
+            if line.strip() == "/status":
+                typer.echo("\n".join(["no governor: start without --governor off"] if status is None else status()), err=True)
+            elif line.strip():
                 reply(session, line.strip(), log)
     except KeyboardInterrupt:
         typer.echo(err=True)
