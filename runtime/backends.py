@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Literal
@@ -64,13 +64,21 @@ class Engines(Mapping[str, Engine]):
             self._shared.close()
 
 
-def open_engines(bundle: Bundle, backend: Backend = "cpu", *, threads: int = 1, cuda_graphs: bool = True) -> Engines:
+def open_engines(
+    bundle: Bundle,
+    backend: Backend = "cpu",
+    *,
+    threads: int = 1,
+    cuda_graphs: bool = True,
+    loaded: Callable[[str], None] = lambda name: None,
+) -> Engines:
     """Load every graph of a bundle, in the variant that it was opened in.
 
     Args:
         backend: nothing else is tried where this one can't be had.
         threads: CPU threads of each graph; for `cpu` alone.
         cuda_graphs: launch each graph's kernels as one CUDA graph; for `tensorrt` alone.
+        loaded: called with a graph's name when it has been read.
 
     Raises:
         EngineError: a graph can't be loaded, or not on that backend; for `tensorrt`, an engine that `keepsight build` has not
@@ -78,17 +86,15 @@ def open_engines(bundle: Bundle, backend: Backend = "cpu", *, threads: int = 1, 
         MissingComponentError: the backend is not installed.
     """
     if backend == "tensorrt":
-        return _on_tensorrt(bundle, cuda_graphs)
-    provider = _PROVIDERS[backend]
-    return Engines(
-        {
-            name: OnnxRuntimeEngine(bundle.graph_path(name), providers=(provider,), threads=threads)
-            for name in bundle.manifest.graphs
-        }
-    )
+        return _on_tensorrt(bundle, cuda_graphs, loaded)
+    graphs = {}
+    for name in bundle.manifest.graphs:
+        graphs[name] = OnnxRuntimeEngine(bundle.graph_path(name), providers=(_PROVIDERS[backend],), threads=threads)
+        loaded(name)
+    return Engines(graphs)
 
 
-def _on_tensorrt(bundle: Bundle, cuda_graphs: bool) -> Engines:
+def _on_tensorrt(bundle: Bundle, cuda_graphs: bool, loaded: Callable[[str], None]) -> Engines:
     """All on one stream, one after another, so that they share scratch memory as large as the largest needs."""
     trt = import_tensorrt()
     target = this_target(trt)
@@ -97,7 +103,10 @@ def _on_tensorrt(bundle: Bundle, cuda_graphs: bool) -> Engines:
         stream = CudaStream()
         stack.callback(stream.close)
         with stream:
-            plans = {name: load_plan(file, trt) for name, file in files.items()}
+            plans = {}
+            for name, file in files.items():
+                plans[name] = load_plan(file, trt)
+                loaded(name)
             scratch = stream.allocate(max(plan.scratch_bytes for plan in plans.values()))
         stack.callback(_free, stream, scratch)
 
