@@ -37,7 +37,7 @@ class Engines(Mapping[str, Engine]):
     def __init__(
         self, graphs: Mapping[str, Engine], shared: ExitStack | None = None, *, memory: Sequence[Engine] = ()
     ) -> None:
-        self._graphs, self._shared, self.memory = graphs, shared, tuple(memory)
+        self._graphs, self.shared, self.memory = graphs, shared, tuple(memory)
 
     def __getitem__(self, name: str) -> Engine:
         return self._graphs[name]
@@ -60,8 +60,8 @@ class Engines(Mapping[str, Engine]):
         """Give everything back; closing twice is no error."""
         for engine in (*self.memory, *self._graphs.values()):
             engine.close()
-        if self._shared is not None:
-            self._shared.close()
+        if self.shared is not None:
+            self.shared.close()
 
 
 def open_engines(

@@ -307,6 +307,24 @@ class LLM:
             self._sequences.check_open()
             return self._llama.perf()
 
+    def pace(self, segments: Sequence[Segment], tokens: int) -> Iterator[float]:
+        """Decodes so many tokens after a prompt, the likeliest each, end tokens too; gives the seconds that each took.
+
+        To measure with: other answers may be read between two of them.
+
+        Raises:
+            LLMError: the prompt and the tokens do not fit the context.
+        """
+        blocks = self._blocks(segments)
+        self._sequences.check_room(blocks, tokens, f"{tokens} new tokens")
+        with self._sequences.branches(1) as (branch,):
+            logits, prefill = self._start(blocks, [branch], threading.Event())
+            for position in range(prefill.rows, prefill.rows + tokens):
+                started = perf_counter()
+                row = np.array([logits.argmax()], np.int32)
+                logits = self._sequences.decode(row, np.array([position]), np.array([branch]))[0]
+                yield perf_counter() - started
+
     # Answers
 
     def generate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -114,6 +115,9 @@ class TensorRTEngine:
     Shapes are those of the engine's profiles, one per text bucket. Each has a context of its own, bound once to buffers that
     are made once, for the largest; a run allocates nothing. From a bucket's second run on, its kernels are launched as one CUDA
     graph, until an input comes from elsewhere. Two places that take turns (a bank's two halves) have a graph each.
+
+    Attributes:
+        clock: is entered before a run's kernels are enqueued and left behind them; a profile's, if there is one.
     """
 
     def __init__(
@@ -138,6 +142,7 @@ class TensorRTEngine:
             EngineError: too little memory, or a tensor of a type that Keepsight does not handle.
         """
         self.path, self._plan, self._stream, self._graphs = plan.path, plan, stream, cuda_graphs
+        self.clock: AbstractContextManager[Any] = nullcontext()
         self._log: TensorRTLog = log_of(plan.trt)
         self._closed = False
         self._own_scratch: int | None = None
@@ -162,6 +167,11 @@ class TensorRTEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def stream(self) -> DeviceStream:
+        """What it runs on."""
+        return self._stream
 
     @property
     def buffers(self) -> Mapping[str, DeviceBuffer]:
@@ -230,7 +240,8 @@ class TensorRTEngine:
         self._bind(bucket, {name: address for name, (address, _) in staged.items()} | outputs)
         for name in self.outputs:
             self._buffers[name].writes += 1
-        self._launch(bucket)
+        with self.clock:
+            self._launch(bucket)
         return bucket, [array for _, array in staged.values() if array is not None]
 
     def _bring(self, name: str, value: Tensor) -> tuple[int, Array | None]:

@@ -142,6 +142,11 @@ class Source(Iterator[Frame]):
         return self._reader.arrivals if isinstance(self._reader, Capture) else None
 
     @property
+    def slot_bytes(self) -> int:
+        """Bytes of the slots that frames lie in while somebody holds them; 0 for pictures and `.npy` frames."""
+        return self._reader.ring.nbytes if isinstance(self._reader, Capture) else 0
+
+    @property
     def duration_s(self) -> float | None:
         """Length in seconds; None for what is live or does not say. Opens the source, as asking for a frame does."""
         if self.is_live:

@@ -88,12 +88,13 @@ class PipelineTiming:
     Give it to a `Source`; ask `of` for each frame as it comes.
 
     Attributes:
-        decodes: whether a decoder has been seen; a raw camera and a test pattern have none.
+        attached: whether there was a pipeline; pictures and arrays that lie ready have none.
+        decodes: whether a decoder has been seen in it; a raw camera and a test pattern have none.
         unmatched: pictures that were read and of which a point was missed.
     """
 
     def __init__(self) -> None:
-        self.unmatched = 0
+        self.attached, self.unmatched = False, 0
         self._clear()
 
     def _clear(self) -> None:
@@ -105,6 +106,7 @@ class PipelineTiming:
     def attach(self, pipeline: Any) -> None:
         """Put probes on a built, not started pipeline of `pipelines.recipe_for`."""
         self._clear()
+        self.attached = True
         gst = load_gst()
         tap, sink = pipeline.get_by_name(TAP), pipeline.get_by_name(FRAMES)
         _on_buffers(gst, tap.get_static_pad("sink"), self._decoded.note)
