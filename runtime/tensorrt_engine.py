@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -169,6 +169,11 @@ class TensorRTEngine:
         self.close()
 
     @property
+    def plan(self) -> Plan:
+        """What it was made of."""
+        return self._plan
+
+    @property
     def stream(self) -> DeviceStream:
         """What it runs on."""
         return self._stream
@@ -211,6 +216,19 @@ class TensorRTEngine:
             buffer.fill(array)
             self._stream.synchronize()
         return self._tensor(buffer, array.shape, self.inputs[name])
+
+    @contextmanager
+    def profiled(self, profiler: Any) -> Iterator[None]:
+        """Let every run report its layers to a profiler (`trt.IProfiler`) meanwhile. TensorRT waits for the device to do that,
+        which no CUDA graph can hold, so that there are none.
+        """
+        graphs, self._graphs = self._graphs, False
+        self._report_to(profiler)
+        try:
+            yield
+        finally:
+            self._report_to(None)
+            self._graphs = graphs
 
     def close(self) -> None:
         """See :meth:`Engine.close`."""
@@ -288,6 +306,13 @@ class TensorRTEngine:
             raise EngineError(
                 f"{self.path.name} can't be captured as a CUDA graph: {error}", fix="Run it with --no-cuda-graphs."
             ) from error
+
+    def _report_to(self, profiler: Any) -> None:
+        with self._stream:
+            for bucket in self._buckets:
+                bucket.forget_graphs()
+                context = bucket.context
+                context.profiler = profiler
 
     def _execute(self, bucket: _Bucket) -> None:
         self._log.clear()

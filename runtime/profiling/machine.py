@@ -8,8 +8,10 @@ import platform
 import sys
 from pathlib import Path
 
+from keepsight.runtime.gpu import this_gpu
 from keepsight.runtime.profiling.report import Machine
 from keepsight.runtime.profiling.sampler import SensorReader
+from keepsight.runtime.sensors.board import identity
 from keepsight.streams.gst import load_gst
 
 __all__ = ["this_machine"]
@@ -19,17 +21,24 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def this_machine(sensors: SensorReader, root: Path = Path("/")) -> Machine:
-    """As the kernel, the sensors and the installed packages say."""
-    mode = sensors.power_mode()
+def this_machine(sensors: SensorReader, *, gpu: bool, root: Path = Path("/")) -> Machine:
+    """As the kernel, the sensors and the installed packages say.
+
+    Args:
+        gpu: ask the CUDA driver for the GPU's name.
+    """
+    known, mode = identity(root), sensors.power_mode()
     return Machine(
-        title=_line(root / "proc/device-tree/model") or platform.node() or "unknown",
-        processor=_processor(root),
-        cores=len(os.sched_getaffinity(0)),
-        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        title=known.title or platform.node() or "unknown",
+        processor=known.processor or platform.machine(),
+        cores=known.cores or len(os.sched_getaffinity(0)),
+        memory=known.memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        system=known.system or f"{platform.system()} {platform.release()}",
+        l4t=known.l4t,
+        jetpack=known.jetpack,
         power_mode=None if mode is None else mode.name,
         clocks_locked=sensors.clocks_locked(),
+        gpu=this_gpu().name if gpu else None,
         versions=_versions(),
     )
 
@@ -42,23 +51,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _processor(root: Path) -> str:
-    for line in (_text(root / "proc/cpuinfo") or "").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("model name", "Hardware", "Model"):
-            return value.strip()
-    return platform.machine()
-
-
-def _line(path: Path) -> str | None:
-    text = _text(path)
-    return None if text is None else text.strip("\0 \n") or None
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +17,8 @@ from keepsight.runtime.profiling.energy import Span, energy_of
 from keepsight.runtime.profiling.load import Loaded, Setup, load
 from keepsight.runtime.profiling.questions import Put, shipped_clip
 from keepsight.runtime.profiling.report import Contention, Layer, MemoryUse, Moment, Phase, Profile, Question
-from keepsight.runtime.profiling.sampler import Sampler, SensorReader, open_sensors
+from keepsight.runtime.profiling.sampler import Sampler, SensorReader
+from keepsight.runtime.sensors import Sensors
 from keepsight.streams import SourceURI
 from keepsight.streams.errors import UsageError
 
@@ -93,12 +94,17 @@ class Measured:
 
 
 def profile(
-    options: Options, tell: Tell = lambda what, done, of: None, *, prepare: Callable[[Loaded], None] = lambda loaded: None
+    options: Options,
+    tell: Tell = lambda what, done, of: None,
+    *,
+    sensors: SensorReader | None = None,
+    prepare: Callable[[Loaded], None] = lambda loaded: None,
 ) -> Profile:
     """Open everything and measure it.
 
     Args:
         tell: for a progress bar.
+        sensors: this machine's by default.
         prepare: called when everything is loaded, before anything is measured.
 
     Raises:
@@ -106,12 +112,14 @@ def profile(
         KeepsightError: what opening, watching or asking raises.
     """
     _check(options)
-    sensors = open_sensors()
+    sensors = Sensors() if sensors is None else sensors
     idle_watts, meter = _idle(sensors, options.idle_s)
-    with Sampler(sensors, hz=options.sensor_hz) as sampler, load(options.setup) as loaded:
-        prepare(loaded)
-        with _source_and_questions(options, loaded) as (address, questions):
-            measured = _measure(options, loaded, address, questions, tell)
+    with ExitStack() as stack:
+        with Sampler(sensors, hz=options.sensor_hz) as sampler:
+            loaded = stack.enter_context(load(options.setup))
+            prepare(loaded)
+            with _source_and_questions(options, loaded) as (address, questions):
+                measured = _measure(options, loaded, address, questions, tell)
         head = _head(options, loaded, sensors)
     return _report(options, head, measured, sampler, idle_watts, meter, shown=_shown(options.source))
 
@@ -194,11 +202,11 @@ def _measure(options: Options, loaded: Loaded, address: str, questions: tuple[Pu
 
 def _head(options: Options, loaded: Loaded, sensors: SensorReader) -> dict[str, object]:
     """What a report says of the bundle and the machine."""
-    import keepsight.runtime.profiling.machine as machines
+    from keepsight.runtime.profiling.machine import this_machine
     from keepsight.runtime.snapshot import fingerprint
 
     manifest, setup = loaded.bundle.manifest, options.setup
-    machine = machines.this_machine(sensors)
+    machine = this_machine(sensors, gpu=setup.backend != "cpu")
     return {
         "keepsight": machine.versions.get("keepsight", "unknown"),
         "bundle": manifest.name,

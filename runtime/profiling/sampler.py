@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import resource
 import threading
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Protocol
 from keepsight.runtime.profiling.report import Moment
 from keepsight.runtime.sensors.reading import PowerMode, Reading
 
-__all__ = ["MeterlessSensors", "Sampler", "SensorReader", "moment_of", "open_sensors", "resident_quickly"]
+__all__ = ["Sampler", "SensorReader", "moment_of", "resident_quickly"]
 
 
 class SensorReader(Protocol):
@@ -25,28 +24,6 @@ class SensorReader(Protocol):
     def power_mode(self) -> PowerMode | None: ...
 
     def clocks_locked(self) -> bool | None: ...
-
-
-class MeterlessSensors:
-    """Of a machine without any sensor."""
-
-    def read(self) -> Reading:
-        """Nothing but the time."""
-        return Reading(perf_counter())
-
-    def power_mode(self) -> PowerMode | None:
-        """There is none."""
-        return None
-
-    def clocks_locked(self) -> bool | None:
-        """Nobody knows."""
-        return None
-
-
-def open_sensors() -> SensorReader:
-    """This machine's."""
-    sensors = getattr(importlib.import_module("keepsight.runtime.sensors"), "Sensors", MeterlessSensors)
-    return sensors()
 
 
 class Sampler:
