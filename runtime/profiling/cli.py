@@ -25,6 +25,7 @@ def commands(app: typer.Typer) -> None:
     """Add this part's commands to the application."""
     group = typer.Typer(help="Measure a bundle on this machine, stage by stage, and compare measurements.", no_args_is_help=True)
     group.command("run")(run)
+    group.command("compare")(compare)
     app.add_typer(group, name="profile")
 
 
@@ -74,6 +75,19 @@ def run(
         return
     for stage in found.stages:
         typer.echo(f"{stage.path:8} {stage.name:20} {stage.statistics.p50:9.3f} ms  p95 {stage.statistics.p95:9.3f} ms")
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(help="The report before.")],
+    b: Annotated[Path, typer.Argument(help="The report after.")],
+    threshold: Annotated[float, typer.Option(help="A stage may get slower by this share.")] = 0.05,
+    force: Annotated[bool, typer.Option("--force", help="Compare although bundle, machine or backend differ.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What got slower or bigger from one report to another, and how sure that is; exit code 16 if anything did."""
+    from keepsight.runtime.profiling.compare import compare_command
+
+    compare_command(a, b, threshold=threshold, force=force, as_json=as_json)
 
 
 def _refuse_unwritable(path: Path | None) -> None:

@@ -127,7 +127,7 @@ def _ask(loaded: Loaded, put: Put, question: Asked, into: Measured, run: int) ->
     written = stream.written
     graphs = {} if loaded.times is None else loaded.times.take()
     sample = question_sample(
-        run, answer=answer, written=written, total_ms=total_ms, graphs=graphs, perf=loaded.llm.perf()
+        run, answer=answer, written=written, total_ms=total_ms, graphs=graphs, perf=loaded.llm.perf(), live=into.live
     )
     into.answers.append(sample)
     first = answer.trace.first_token_ms

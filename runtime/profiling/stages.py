@@ -82,11 +82,11 @@ def frame_sample(
 
 
 def question_sample(
-    run: int, *, answer: Answer, written: Written, total_ms: float, graphs: Mapping[str, float], perf: Perf
+    run: int, *, answer: Answer, written: Written, total_ms: float, graphs: Mapping[str, float], perf: Perf, live: bool = False
 ) -> Sample:
     """An answer's way, from the question to its last word.
 
-    A beam search knows no token before its end: all of it is `first_token`.
+    A beam search knows no token before its end: all of it is `first_token`. Only of a `live` source is a frame's age one.
     """
     trace, drawn = answer.trace, written.token_s
     first_s = drawn[0] if drawn else written.first_token_s - written.prefill_s
@@ -99,7 +99,9 @@ def question_sample(
     parts = _parts(graphs)
     parts["llama_prefill"] = ("prefill", perf.prompt_ms)
     parts["llama_tokens"] = ("tokens", perf.token_ms)
-    beside = {"time_to_first_token": trace.first_token_ms, "capture_age": trace.capture_age_ms}
+    beside = {"time_to_first_token": trace.first_token_ms}
+    if live:
+        beside["capture_age"] = trace.capture_age_ms
     return Sample(run, total_ms, links, parts, beside, tuple(1000 * seconds for seconds in drawn[1:]))
 
 
