@@ -44,7 +44,7 @@ class Engines(Mapping[str, Engine]):
         memory: Sequence[Engine] = (),
         load_memory: Callable[[], Sequence[Engine]] | None = None,
     ) -> None:
-        self._graphs, self._shared, self.memory = graphs, shared, tuple(memory)
+        self._graphs, self.shared, self.memory = graphs, shared, tuple(memory)
         self._load_memory = load_memory
         self._more: list[Engine] = []
 
@@ -83,17 +83,25 @@ class Engines(Mapping[str, Engine]):
         """Give everything back; closing twice is no error."""
         for engine in (*self._more, *self.memory, *self._graphs.values()):
             engine.close()
-        if self._shared is not None:
-            self._shared.close()
+        if self.shared is not None:
+            self.shared.close()
 
 
-def open_engines(bundle: Bundle, backend: Backend = "cpu", *, threads: int = 1, cuda_graphs: bool = True) -> Engines:
+def open_engines(
+    bundle: Bundle,
+    backend: Backend = "cpu",
+    *,
+    threads: int = 1,
+    cuda_graphs: bool = True,
+    loaded: Callable[[str], None] = lambda name: None,
+) -> Engines:
     """Load every graph of a bundle, in the variant that it was opened in.
 
     Args:
         backend: nothing else is tried where this one can't be had.
         threads: CPU threads of each graph; for `cpu` alone.
         cuda_graphs: launch each graph's kernels as one CUDA graph; for `tensorrt` alone.
+        loaded: called with a graph's name when it has been read.
 
     Raises:
         EngineError: a graph can't be loaded, or not on that backend; for `tensorrt`, an engine that `keepsight build` has not
@@ -101,17 +109,15 @@ def open_engines(bundle: Bundle, backend: Backend = "cpu", *, threads: int = 1, 
         MissingComponentError: the backend is not installed.
     """
     if backend == "tensorrt":
-        return _on_tensorrt(bundle, cuda_graphs)
-    provider = _PROVIDERS[backend]
-    return Engines(
-        {
-            name: OnnxRuntimeEngine(bundle.graph_path(name), providers=(provider,), threads=threads)
-            for name in bundle.manifest.graphs
-        }
-    )
+        return _on_tensorrt(bundle, cuda_graphs, loaded)
+    graphs = {}
+    for name in bundle.manifest.graphs:
+        graphs[name] = OnnxRuntimeEngine(bundle.graph_path(name), providers=(_PROVIDERS[backend],), threads=threads)
+        loaded(name)
+    return Engines(graphs)
 
 
-def _on_tensorrt(bundle: Bundle, cuda_graphs: bool) -> Engines:
+def _on_tensorrt(bundle: Bundle, cuda_graphs: bool, loaded: Callable[[str], None]) -> Engines:
     """All on one stream, one after another, so that they share scratch memory as large as the largest needs."""
     trt = import_tensorrt()
     target = this_target(trt)
@@ -120,7 +126,10 @@ def _on_tensorrt(bundle: Bundle, cuda_graphs: bool) -> Engines:
         stream = CudaStream()
         stack.callback(stream.close)
         with stream:
-            plans = {name: load_plan(file, trt) for name, file in files.items()}
+            plans = {}
+            for name, file in files.items():
+                plans[name] = load_plan(file, trt)
+                loaded(name)
             scratch = stream.allocate(max(plan.scratch_bytes for plan in plans.values()))
         stack.callback(_free, stream, scratch)
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from keepsight.streams.errors import EngineError, MissingComponentError
 
-__all__ = ["CudaGraph", "CudaStream", "DeviceGraph", "DeviceStream", "call", "start_driver"]
+__all__ = ["CudaEvent", "CudaGraph", "CudaStream", "DeviceEvent", "DeviceGraph", "DeviceStream", "call", "start_driver"]
 
 Array = npt.NDArray[Any]
 
@@ -26,6 +26,20 @@ class DeviceGraph(Protocol):
 
     def launch(self) -> None:
         """Enqueue it on the stream that it was captured from."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class DeviceEvent(Protocol):
+    """A moment of a stream, as the device's own clock sees it."""
+
+    def record(self) -> None:
+        """The moment is when all that was enqueued on the stream before is done."""
+        ...
+
+    def ms_since(self, earlier: Any) -> float:
+        """Milliseconds from another event of the stream; waits until this one has passed."""
         ...
 
     def close(self) -> None: ...
@@ -73,6 +87,10 @@ class DeviceStream(Protocol):
 
     def capture(self, enqueue: Callable[[], None]) -> DeviceGraph:
         """Record what a function enqueues, which is not run, as a graph."""
+        ...
+
+    def event(self) -> DeviceEvent:
+        """A moment to be recorded."""
         ...
 
     def close(self) -> None: ...
@@ -153,6 +171,10 @@ class CudaStream:
         finally:
             call(self._driver, "cuGraphDestroy", graph)
 
+    def event(self) -> CudaEvent:
+        """See :meth:`DeviceStream.event`; the stream must be held."""
+        return CudaEvent(self._driver, self._open())
+
     def close(self) -> None:
         """Free the stream; closing it twice is no error."""
         if self._stream is not None:
@@ -182,6 +204,27 @@ class CudaGraph:
 
     def close(self) -> None:
         call(self._driver, "cuGraphExecDestroy", self._executable)
+
+
+class CudaEvent:
+    """See :class:`DeviceEvent`; made by :meth:`CudaStream.event`. Whoever uses it holds the stream."""
+
+    def __init__(self, driver: Any, stream: Any) -> None:
+        self._driver, self._stream = driver, stream
+        self._event: Any = call(driver, "cuEventCreate", 0)  # with its time, and no blocking of the host's thread
+
+    def record(self) -> None:
+        call(self._driver, "cuEventRecord", self._event, self._stream)
+
+    def ms_since(self, earlier: CudaEvent) -> float:
+        call(self._driver, "cuEventSynchronize", self._event)
+        return float(call(self._driver, "cuEventElapsedTime", earlier._event, self._event))
+
+    def close(self) -> None:
+        """Free the event; closing it twice is no error."""
+        if self._event is not None:
+            call(self._driver, "cuEventDestroy", self._event)
+            self._event = None
 
 
 def start_driver() -> Any:

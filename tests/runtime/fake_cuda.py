@@ -23,6 +23,7 @@ SOURCE = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 enum { OK, INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500,
        CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901 };
 enum { MOST = 4096 };
@@ -137,6 +138,30 @@ static int launch(void *which, void *on) {
     return OK;
 }
 
+typedef struct { struct timespec at; int recorded; } event;
+static int events;
+int keepsight_events(void) { return events; }
+static int event_create(event **made, unsigned flags) {
+    if (!current || flags) return INVALID_CONTEXT;
+    *made = calloc(1, sizeof(event));
+    events++;
+    return OK;
+}
+static int event_destroy(event *which) { events--; free(which); return OK; }
+static int event_record(event *which, void *on) {
+    if (on != &stream || !current) return INVALID_HANDLE;
+    if (forbidden()) return CAPTURE_UNSUPPORTED;  /* it would be recorded by the graph, at another time */
+    clock_gettime(CLOCK_MONOTONIC, &which->at);
+    which->recorded = 1;
+    return OK;
+}
+static int event_synchronize(event *which) { return current && which->recorded ? OK : INVALID_HANDLE; }
+static int event_elapsed(float *ms, event *from, event *to) {
+    if (!from->recorded || !to->recorded) return INVALID_HANDLE;
+    *ms = (to->at.tv_sec - from->at.tv_sec) * 1e3 + (to->at.tv_nsec - from->at.tv_nsec) / 1e6;
+    return OK;
+}
+
 static struct { const char *name; void *function; } functions[] = {
     {"cuInit", init}, {"cuDeviceGet", device_get}, {"cuDeviceGetName", device_name},
     {"cuDeviceGetAttribute", device_attribute}, {"cuDevicePrimaryCtxRetain", retain},
@@ -146,6 +171,8 @@ static struct { const char *name; void *function; } functions[] = {
     {"cuMemcpyDtoDAsync", on_device}, {"cuStreamBeginCapture", begin_capture}, {"cuStreamEndCapture", end_capture},
     {"cuGraphInstantiateWithFlags", instantiate}, {"cuGraphInstantiate", instantiate},
     {"cuGraphDestroy", destroy_graph}, {"cuGraphExecDestroy", destroy_executable}, {"cuGraphLaunch", launch},
+    {"cuEventCreate", event_create}, {"cuEventDestroy", event_destroy}, {"cuEventRecord", event_record},
+    {"cuEventSynchronize", event_synchronize}, {"cuEventElapsedTime", event_elapsed},
 };
 int cuGetProcAddress_v2(const char *name, void **found, int version, uint64_t flags, int *status) {
     *found = 0;
