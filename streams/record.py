@@ -26,7 +26,7 @@ RecordState = Literal["waiting", "recording", "stopped"]
 # Of which a limit must hold some: a segment is the least that can be deleted.
 _SEGMENTS_IN_LIMIT = 8
 _LEAST_BYTES = 100_000
-_ENTRY = "record"
+_ENTRY, _PARSER, _SPLITTER = "record", "record-parser", "record-splitter"
 _FINISH_S = 1.0
 _LONGEST_RETRY_S = 300.0
 
@@ -219,7 +219,6 @@ class _Writer:
         self._recorder, self._side = recorder, side
         self._gst = load_gst()
         self._media = ""  # what is written, once that is known
-        self._behind: list[Any] = []  # the elements that write it
         self._failures = recorder.failures  # that were not its own
         self._broken = True  # until a key frame has come
         self._passed = False  # whether there is anything to write
@@ -267,9 +266,11 @@ class _Writer:
         self._recorder._retry_s = min(2 * self._recorder._retry_s, _LONGEST_RETRY_S)
         self._failures, self._broken, self._passed = self._recorder.failures, True, False
         entry = pad.get_parent_element()
-        for element in self._behind:  # this is their own streaming thread: nothing comes while they are taken away
-            element.set_state(self._gst.State.NULL)
-            entry.get_parent().remove(element)
+        for name in (_PARSER, _SPLITTER):  # this is their own streaming thread: nothing comes while they are taken away
+            element = entry.get_parent().get_by_name(name)
+            if element is not None:
+                element.set_state(self._gst.State.NULL)
+                entry.get_parent().remove(element)
         self._build(entry)
         return True
 
@@ -298,7 +299,7 @@ class _Writer:
         sink = make("filesink")
         sink.set_property("buffer-mode", 2)  # none: what a killed process had in its own buffers would be lost
         sink.set_property("async", False)
-        splitter = make("splitmuxsink")
+        splitter = make("splitmuxsink", _SPLITTER)
         splitter.set_property("muxer", make("matroskamux" if parser is None else "mpegtsmux"))
         splitter.set_property("sink", sink)
         splitter.set_property("max-size-time", int(self._recorder._segment_s * self._gst.SECOND))
@@ -309,14 +310,13 @@ class _Writer:
         side.add(splitter)
         first, pad_name = splitter, "video"
         if parser is not None:
-            first, pad_name = make(parser), "sink"
+            first, pad_name = make(parser, _PARSER), "sink"
             first.set_property("config-interval", -1)  # what a decoder must know is in front of every key frame
             side.add(first)
             first.link_pads("src", splitter, "video")
             first.sync_state_with_parent()
         splitter.sync_state_with_parent()
         entry.link_pads("src", first, pad_name)
-        self._behind = [splitter] if first is splitter else [first, splitter]
 
     def _location(self, splitter: Any, number: int, sample: Any, suffix: str) -> str:
         start_s = time.time()
