@@ -126,6 +126,7 @@ class Capture:
         self._serial = 0  # of the last frame read, as the tap counts them
         self.dropped = 0
         self.ring = FrameRing()
+        self._branches, self._closing = tuple(branches), threading.Lock()
         self._pipeline = build(recipe_for(uri, view, delivery, branches))
         self._sink = self._pipeline.get_by_name(FRAMES)
         self._bus = self._pipeline.get_bus()
@@ -203,10 +204,17 @@ class Capture:
         return self._duration_s
 
     def close(self) -> None:
-        """Stop; a `next` that waits in another thread returns None. Closing twice does nothing."""
+        """Stop; a `next` that waits in another thread returns None. Closing twice does nothing.
+
+        A recorder has a second to write what it holds.
+        """
         self._closed.set()
-        self._tap.remove()
-        self._pipeline.set_state(self._gst.State.NULL)
+        with self._closing:  # whoever closes it a second time must not stop it while a branch still writes
+            for branch in self._branches:
+                if branch.finish is not None:
+                    branch.finish(self._pipeline)
+            self._tap.remove()
+            self._pipeline.set_state(self._gst.State.NULL)
 
     def _listen(self) -> None:
         """Empty the bus, which would otherwise grow for as long as a stream plays, and keep its first error."""
