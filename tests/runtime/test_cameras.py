@@ -385,6 +385,7 @@ def test_a_line_is_for_the_camera_that_it_names(line: str, names: Sequence[str],
         ("who is there?", "Which camera? There are door, yard, gate."),
         ("/at 14:05 who?", "Which camera?"),
         ("is it 14:05 there?", "Which camera?"),
+        ("/nonsense", "/nonsense is no command"),
         ("attic: who?", "There is no camera 'attic'. Cameras are door, yard, gate."),
     ],
 )
