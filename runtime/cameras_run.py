@@ -152,7 +152,7 @@ def converse_with_cameras(
         branches: what hangs on the streams beside the frames, by name.
 
     Raises:
-        KeepsightError: every camera was given up: why the first one was.
+        KeepsightError: every camera was given up: why the last one was.
     """
     news = _News()
     lines = {name: StateLines(partial(news.tell, name)) for name in sessions}
@@ -160,9 +160,14 @@ def converse_with_cameras(
     def on_event(name: str, event: Event) -> None:
         lines[name](event)
 
-    watcher = CameraWatcher(
-        sessions, uris, branches=branches, on_event=on_event, on_error=lambda name, error: news.tell(name, f"[given up] {error}")
-    )
+    left = set(sessions)
+
+    def on_error(name: str, error: Exception) -> None:
+        left.discard(name)
+        if left:  # why the last one was given up ends the command
+            news.tell(name, f"[given up] {error}")
+
+    watcher = CameraWatcher(sessions, uris, branches=branches, on_event=on_event, on_error=on_error)
     try:
         _await_something(watcher)
         typer.echo(_greeting(watcher, recall=bool(logs)), err=True)
