@@ -482,7 +482,8 @@ def test_a_stopped_run_of_two_cameras_goes_on_with_both_memories(tmp_path: Path)
         assert re.search(rf"Logging features to \S+{name}: 50 MB", said), "half of the room"
 
     lines = ["what is there?", "/cameras", "door: what color is the shape?", "yard: /since 5s what color is the shape?"]
-    lines += [f"door: /recall 0:00 {time.strftime('%H:%M:%S')} what color is the shape?", "attic: who?"]
+    an_hour_ago, now = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - ago_s)) for ago_s in (3600, 0))
+    lines += [f"door: /recall {an_hour_ago} {now} what color is the shape?", "attic: who?"]
     second = CliRunner().invoke(app, options, input="\n".join(lines))
     assert second.exit_code == 0, second.output
     out, err = second.stdout, second.stderr
