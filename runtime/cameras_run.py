@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -142,6 +142,7 @@ def converse_with_cameras(
     *,
     logs: Mapping[str, Path],
     branches: Mapping[str, Sequence[Branch]],
+    status: Callable[[], Sequence[str]] | None = None,
 ) -> None:
     """Watch all cameras and answer the lines of standard input, each for the camera that it names, until its end or Ctrl-C.
 
@@ -150,6 +151,7 @@ def converse_with_cameras(
         uris: by the same names.
         logs: folders of the feature logs that are being written, by name, which `/recall` asks.
         branches: what hangs on the streams beside the frames, by name.
+        status: the lines that `/status` shows of the machine, if there is anything that watches it.
 
     Raises:
         KeepsightError: every camera was given up: why the last one was.
@@ -176,7 +178,9 @@ def converse_with_cameras(
             watcher.check()
             if line is None:
                 break
-            if line.strip():
+            if status is not None and line.strip() == "/status":
+                typer.echo("\n".join(status()), err=True)
+            elif line.strip():
                 with news.held():
                     _answer(line.strip(), sessions, watcher, logs)
     except KeyboardInterrupt:
