@@ -100,6 +100,7 @@ class CameraWatcher:
         self._watched = {name: _Watched(session, SourceURI.parse(uris[name])) for name, session in sessions.items()}
         self._changed = threading.Condition()
         self._closing = self._ended = False
+        self._newest_error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="keepsight-cameras", daemon=True)
         self._thread.start()
 
@@ -147,14 +148,13 @@ class CameraWatcher:
             )
 
     def check(self) -> None:
-        """Raise why the first camera was given up, once all are.
+        """Once every camera has been given up, raise why the last one was.
 
         Raises:
             KeepsightError: as said.
         """
-        errors = [watched.error for watched in self._watched.values()]
-        if errors[0] is not None and all(error is not None for error in errors):
-            raise errors[0]
+        if self._newest_error is not None and self._all_given_up():
+            raise self._newest_error
 
     def close(self) -> None:
         """Stop watching, within a few seconds whatever the cameras do; the sessions stay open. Closing twice does nothing."""
@@ -179,7 +179,7 @@ class CameraWatcher:
                 while not self._closing:
                     for name, frame in self._next():
                         self._see(name, frame)
-                    if all(watched.error is not None for watched in self._watched.values()):
+                    if self._all_given_up():
                         break
         except Exception as error:  # of none of them, so of all
             for name in self._watched:
@@ -217,11 +217,14 @@ class CameraWatcher:
         with self._changed:
             self._changed.notify_all()
 
+    def _all_given_up(self) -> bool:
+        return all(watched.error is not None for watched in self._watched.values())
+
     def _give_up(self, name: str, error: Exception) -> None:
         watched = self._watched[name]
         if watched.error is not None or self._closing:
             return
-        watched.error = error
+        watched.error = self._newest_error = error
         with self._changed:
             self._changed.notify_all()
         if self._on_error is not None:

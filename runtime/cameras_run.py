@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import typer
 from keepsight.runtime.cameras import CameraStatus, CameraWatcher
 from keepsight.runtime.gate import FrameGate
 from keepsight.runtime.keep import kept
+from keepsight.runtime.moments import read_line
 from keepsight.runtime.session import Session
 from keepsight.runtime.watch import StateLines, reply, typed_line
 from keepsight.streams import Event
@@ -140,6 +142,7 @@ def converse_with_cameras(
     *,
     logs: Mapping[str, Path],
     branches: Mapping[str, Sequence[Branch]],
+    status: Callable[[], Sequence[str]] | None = None,
 ) -> None:
     """Watch all cameras and answer the lines of standard input, each for the camera that it names, until its end or Ctrl-C.
 
@@ -148,18 +151,25 @@ def converse_with_cameras(
         uris: by the same names.
         logs: folders of the feature logs that are being written, by name, which `/recall` asks.
         branches: what hangs on the streams beside the frames, by name.
+        status: the lines that `/status` shows of the machine, if there is anything that watches it.
 
     Raises:
-        KeepsightError: every camera was given up: why the first one was.
+        KeepsightError: every camera was given up: why the last one was.
     """
-    lines = {name: StateLines(partial(_tell, name)) for name in sessions}
+    news = _News()
+    lines = {name: StateLines(partial(news.tell, name)) for name in sessions}
 
     def on_event(name: str, event: Event) -> None:
         lines[name](event)
 
-    watcher = CameraWatcher(
-        sessions, uris, branches=branches, on_event=on_event, on_error=lambda name, error: _tell(name, f"[given up] {error}")
-    )
+    left = set(sessions)
+
+    def on_error(name: str, error: Exception) -> None:
+        left.discard(name)
+        if left:  # why the last one was given up ends the command
+            news.tell(name, f"[given up] {error}")
+
+    watcher = CameraWatcher(sessions, uris, branches=branches, on_event=on_event, on_error=on_error)
     try:
         _await_something(watcher)
         typer.echo(_greeting(watcher, recall=bool(logs)), err=True)
@@ -168,8 +178,11 @@ def converse_with_cameras(
             watcher.check()
             if line is None:
                 break
-            if line.strip():
-                _answer(line.strip(), sessions, watcher, logs)
+            if status is not None and line.strip() == "/status":
+                typer.echo("\n".join(status()), err=True)
+            elif line.strip():
+                with news.held():
+                    _answer(line.strip(), sessions, watcher, logs)
     except KeyboardInterrupt:
         typer.echo(err=True)
     finally:
@@ -194,6 +207,8 @@ def addressed(line: str, names: Sequence[str]) -> tuple[str, str]:
         return name, (found[2] or "").strip()
     if len(names) == 1:
         return names[0], line.strip()
+    if line.strip().startswith("/"):
+        read_line(line)  # a word that is no command at all is refused as such
     if found is not None:
         raise UsageError(f"There is no camera {found[1]!r}.", fix=f"Cameras are {', '.join(names)}.")
     raise UsageError(
@@ -245,8 +260,31 @@ def _prompt(watcher: CameraWatcher) -> str:
     return f"({', '.join(away)}) > " if away else "> "
 
 
-def _tell(name: str, line: str) -> None:
-    typer.echo(f"{name}: {line}", err=True)
+class _News:
+    """What happens to cameras, a line each on standard error; while an answer is being written, lines wait for its end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[str] | None = None
+
+    def tell(self, name: str, line: str) -> None:
+        with self._lock:
+            if self._waiting is None:
+                typer.echo(f"{name}: {line}", err=True)
+            else:
+                self._waiting.append(f"{name}: {line}")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with self._lock:
+            self._waiting = []
+        try:
+            yield
+        finally:
+            with self._lock:
+                waited, self._waiting = self._waiting, None
+                for line in waited or ():
+                    typer.echo(line, err=True)
 
 
 def _show(statuses: Sequence[CameraStatus]) -> None:
@@ -259,8 +297,9 @@ def _show(statuses: Sequence[CameraStatus]) -> None:
     table.add_column("address", overflow="fold")
     for status in statuses:
         state = status.state if status.error is None else "given up"
+        rate = f"{status.fps:.1f}" if status.state == "live" else "-"
         table.add_row(
-            status.name, state, f"{status.fps:.1f}", str(status.dropped), str(status.frames_seen), _age(status.age_ms), status.uri
+            status.name, state, rate, str(status.dropped), str(status.frames_seen), _age(status.age_ms), status.uri
         )
     Console(highlight=False, markup=False).print(table)
     for status in statuses:

@@ -655,7 +655,7 @@ class Session:
                 fix="Use a memory that does not grow, such as mbc.",
             )
         if self._watcher is not None and self._watcher.running:
-            raise UsageError("This session is already watching a source.", fix="Open a second session.")
+            raise UsageError("This session is already watching a source.", fix="Make a second one with Session.beside.")
         self._watcher = self._close.enter_context(Watcher(self, source, on_frame))
         return self._watcher
 

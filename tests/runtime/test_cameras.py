@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from keepsight.runtime import cameras_run
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cameras import CameraWatcher
 from keepsight.runtime.cameras_run import addressed, folders, parse_cameras
@@ -238,11 +239,12 @@ def test_one_that_is_killed_and_one_that_hangs_are_not_felt_by_a_third_and_come_
                 until(lambda: watcher.status("killed").state == "lost" and watcher.status("hangs").state in ("stalled", "lost"))
                 until(lambda: time.monotonic() - begun > 3.5)
                 good = watcher.status("good")
-                assert (good.frames - before) / (time.monotonic() - begun) > 0.7 * first.bundle.manifest.sample_fps, good
-                assert good.fps > 0.7 * first.bundle.manifest.sample_fps and good.state == "live"
-                assert good.age_ms is not None and good.age_ms < 1000
+                assert good.frames - before > 3 and good.state == "live", good
+                assert good.age_ms is not None and good.age_ms < 2000
                 dead = watcher.status("killed")
-                assert dead.fps < good.fps / 2 and dead.age_ms is not None and dead.age_ms > 3000
+                assert dead.age_ms is not None and dead.age_ms > 3000
+                time.sleep(0.2)
+                assert watcher.status("killed").fps < dead.fps, "of one that is gone the rate falls"
                 kept = {name: session.frames_seen for name, session in sessions.items()}
                 assert sessions["killed"].perceive(QUESTION).rows.shape == sessions["good"].perceive(QUESTION).rows.shape
                 other_server.process.send_signal(signal.SIGCONT)
@@ -262,10 +264,13 @@ def test_a_memory_that_fails_gives_up_its_camera_alone(bundle: Bundle, monkeypat
     with Session(bundle) as first:
         bad, good = first.beside(), first
 
-        def fail(frame: Frame, **_: Any) -> None:
-            raise EngineError("no such memory")
+        def failing(message: str) -> Callable[..., None]:
+            def fail(frame: Frame, **_: Any) -> None:
+                raise EngineError(message)
 
-        monkeypatch.setattr(bad, "see", fail)
+            return fail
+
+        monkeypatch.setattr(bad, "see", failing("no such memory"))
         uris = {"bad": "test://ball?fps=30", "good": "test://ball?fps=30"}
         with CameraWatcher(
             {"bad": bad, "good": good}, uris, on_error=lambda name, error: told.append((name, str(error)))
@@ -277,11 +282,11 @@ def test_a_memory_that_fails_gives_up_its_camera_alone(bundle: Bundle, monkeypat
             watcher.check()
             with pytest.raises(EngineError, match="no such memory"):
                 watcher.wait(timeout_s=1)
-            monkeypatch.setattr(good, "see", fail)
+            monkeypatch.setattr(good, "see", failing("nor this one"))
             until(lambda: not watcher.running)
-            with pytest.raises(EngineError):
+            with pytest.raises(EngineError, match="nor this one"):
                 watcher.check()
-    assert told == [("bad", "no such memory"), ("good", "no such memory")]
+    assert told == [("bad", "no such memory"), ("good", "nor this one")]
 
 
 def test_what_is_not_there_is_waited_for_and_what_can_not_be_is_told(bundle: Bundle) -> None:
@@ -332,6 +337,27 @@ def test_a_session_beside_another_is_closed_with_it(bundle: Bundle) -> None:
         watcher.wait()
     assert not watcher.running
     watcher.check()
+
+
+def test_gone_cameras_end_the_command_with_the_last_ones_reason_and_what_happens_waits_for_an_answer(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    news = cameras_run._News()
+    news.tell("door", "one")
+    with news.held():
+        news.tell("yard", "two")
+        print("an answer", file=sys.stderr)
+    news.tell("door", "three")
+    assert capsys.readouterr().err.split("\n") == ["door: one", "an answer", "yard: two", "door: three", ""]
+
+    def see(session: Session, frame: Frame, **_: Any) -> None:
+        raise EngineError("no room for a frame")
+
+    monkeypatch.setattr(Session, "see", see)
+    with Session(bundle) as first, pytest.raises(EngineError, match="no room for a frame"):
+        sessions = {"door": first, "yard": first.beside()}
+        cameras_run.converse_with_cameras(sessions, dict.fromkeys(sessions, "test://ball"), logs={}, branches={})
+    assert capsys.readouterr().err.count("no room for a frame") == 1
 
 
 # -- the command line ----------------------------------------------------------------------------------------------------
@@ -385,6 +411,7 @@ def test_a_line_is_for_the_camera_that_it_names(line: str, names: Sequence[str],
         ("who is there?", "Which camera? There are door, yard, gate."),
         ("/at 14:05 who?", "Which camera?"),
         ("is it 14:05 there?", "Which camera?"),
+        ("/nonsense", "/nonsense is no command"),
         ("attic: who?", "There is no camera 'attic'. Cameras are door, yard, gate."),
     ],
 )
@@ -455,7 +482,8 @@ def test_a_stopped_run_of_two_cameras_goes_on_with_both_memories(tmp_path: Path)
         assert re.search(rf"Logging features to \S+{name}: 50 MB", said), "half of the room"
 
     lines = ["what is there?", "/cameras", "door: what color is the shape?", "yard: /since 5s what color is the shape?"]
-    lines += [f"door: /recall 0:00 {time.strftime('%H:%M:%S')} what color is the shape?", "attic: who?"]
+    an_hour_ago, now = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - ago_s)) for ago_s in (3600, 0))
+    lines += [f"door: /recall {an_hour_ago} {now} what color is the shape?", "attic: who?"]
     second = CliRunner().invoke(app, options, input="\n".join(lines))
     assert second.exit_code == 0, second.output
     out, err = second.stdout, second.stderr
