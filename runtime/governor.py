@@ -84,8 +84,8 @@ class Limits:
     late_over: float = 0.9
     late_near: float = 0.7
     age_s: float = 1.0
-    crowding_over: float = 0.75
-    crowding_near: float = 0.4
+    crowding_over: float = 0.4
+    crowding_near: float = 0.2
     prefill_over: float = 5.0
     degrade_after_s: float = 3.0
     dwell_s: float = 5.0

@@ -38,28 +38,34 @@ class SensorsLike(Protocol):
 
 
 class CoreUse:
-    """How many of the cores that this process may use are kept busy by other processes. Those that yield (nice) do not count.
+    """How many of the cores that this process may use are kept busy by other processes, whatever their priority.
 
     Args:
         root: where /proc is.
+        window_s: seconds that the figure is of.
     """
 
-    def __init__(self, root: Path = Path("/")) -> None:
-        self._stat = root / "proc/stat"
+    def __init__(self, root: Path = Path("/"), window_s: float = 3.0) -> None:
+        self._stat, self._window_s = root / "proc/stat", window_s
         self._cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-        self._before = self._ticks()
+        self._past: deque[tuple[float, float, float]] = deque()
+        self.others()
 
     @property
     def cores(self) -> int:
         return len(self._cores)
 
     def others(self) -> float | None:
-        """Cores that others kept busy since the last call, 0 to `cores`; None where it is not known."""
-        now, before = self._ticks(), self._before
-        if now is None or before is None or now[0] - before[0] < 0.05:
+        """Cores that others kept busy over the window, or since the first call: 0 to `cores`; None where it is not known."""
+        now = self._ticks()
+        if now is None:
             return None
-        self._before = now
-        busy_s, own_s, elapsed_s = now[1] - before[1], now[2] - before[2], now[0] - before[0]
+        self._past.append(now)
+        while len(self._past) > 2 and now[0] - self._past[1][0] >= self._window_s:
+            self._past.popleft()
+        elapsed_s, busy_s, own_s = (after - before for after, before in zip(now, self._past[0], strict=True))
+        if elapsed_s < 0.5:
+            return None
         return min(max(0.0, (busy_s - own_s) / elapsed_s), float(self.cores))
 
     def _ticks(self) -> tuple[float, float, float] | None:
@@ -72,7 +78,7 @@ class CoreUse:
         for line in lines:
             name, *counts = line.split()
             if name in self._cores:  # user, nice, system, idle, iowait, irq, softirq, steal
-                ticks += sum(int(counts[column]) for column in (0, 2, 5, 6, 7))
+                ticks += sum(int(counts[column]) for column in (0, 1, 2, 5, 6, 7))
         own = os.times()
         return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), own.user + own.system
 
@@ -232,8 +238,8 @@ class LiveGovernor:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            if restore and self.governor.level:
-                self._knobs.turn((), self._usual_s)
+        if restore and self.governor.level:
+            self._knobs.turn((), self._usual_s)
 
     def __enter__(self) -> LiveGovernor:
         self.start()
