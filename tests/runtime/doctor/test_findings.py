@@ -95,9 +95,14 @@ CASES = [
     Case("power-meter", "note", None, files={"/sys/class/hwmon/hwmon1/name": "!gone"}),
     Case("cuda", "error", "apt install nvidia-jetpack", agx_orin, changes=failing("cuda"), found="can't be used"),
     Case("nvcc", "warning", "nvidia-jetpack", files={"/usr/local/cuda/bin/nvcc": "!gone"}),
+    Case(
+        "nvcc", "warning", "cuda-toolkit-12-6",
+        files={"/usr/local/cuda/version.json": '{"cuda" : {\n "name" : "CUDA SDK",\n "version" : "13.0.1"\n}, "nvcc": {}}'},
+        found="CUDA 13.0",
+    ),
     Case("tensorrt", "error", "python3-libnvinfer", changes=failing("tensorrt"), found="can't use TensorRT"),
     Case("tensorrt", "error", None, changes=answer("tensorrt", version="8.6.2.3"), found="too old"),
-    Case("tensorrt", "warning", "--reinstall", changes=answer("tensorrt", version="10.7.0"), found="brings 10.3"),
+    Case("tensorrt", "warning", "--reinstall", changes=answer("tensorrt", version="10.9.0"), found="brings 10.3"),
     Case("tensorrt", "warning", "--reinstall", thor, changes=answer("tensorrt", version="10.3.0"), found="brings 10.13"),
     Case("cuda-python", "warning", "keepsight[tensorrt]", changes=without("cuda-bindings")),
     Case("llama", "error", "llama-cpp-python==0.3.36", changes=failing("llama"), found="can't be loaded"),
@@ -167,10 +172,17 @@ def test_a_small_board_without_fault_is_only_told_how_to_swap_for_builds(tmp_pat
     assert [(finding.id, finding.severity) for finding in bad(nano(tmp_path))] == [("swap", "note")]
 
 
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> dict[Callable[[Path], Machine], list[Finding]]:
+    """What is found on each machine before it is changed."""
+    return {machine: bad(machine(tmp_path_factory.mktemp("before"))) for machine in (nano, agx_orin, thor, pc)}
+
+
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.id}-{case.severity}-{number}" for number, case in enumerate(CASES)])
-def test_one_change_brings_one_finding(case: Case, tmp_path: Path) -> None:
-    healthy = {finding.id for finding in bad(case.machine(tmp_path / "before")) if finding.id != case.id}
-    found = [finding for finding in bad(changed(case, tmp_path / "after")) if finding.id not in healthy]
+def test_one_change_brings_one_finding(
+    case: Case, tmp_path: Path, before: dict[Callable[[Path], Machine], list[Finding]]
+) -> None:
+    found = [finding for finding in bad(changed(case, tmp_path)) if finding not in before[case.machine]]
     assert [(finding.id, finding.severity) for finding in found] == [(case.id, case.severity)]
     finding = found[0]
     assert case.found in finding.found
@@ -178,12 +190,10 @@ def test_one_change_brings_one_finding(case: Case, tmp_path: Path) -> None:
     assert finding.why, "a finding says why it matters"
 
 
-@pytest.mark.parametrize("machine", [nano, agx_orin, thor, pc])
-def test_findings_are_well_formed(machine: Callable[[Path], Machine], tmp_path: Path) -> None:
-    found = [*examine(machine(tmp_path))]
-    for case in CASES:
-        found += bad(changed(case, tmp_path / f"{CASES.index(case)}"))
-    areas = [finding.area for finding in examine(machine(tmp_path / "again"))]
+@pytest.mark.parametrize("case", [*CASES, *(Case("", "", None, machine) for machine in (agx_orin, thor, pc))])
+def test_findings_are_well_formed(case: Case, tmp_path: Path) -> None:
+    found = [*examine(changed(case, tmp_path))]
+    areas = [finding.area for finding in found]
     assert areas == sorted(areas, key=AREAS.index), "areas come one after another"
     for finding in found:
         assert finding.area in AREAS and finding.severity in SEVERITIES
@@ -227,6 +237,13 @@ def test_tensorrt_that_is_there_and_not_seen_wants_another_environment(tmp_path:
     put(tmp_path, "/usr/lib/python3.10/dist-packages/tensorrt/__init__.py", "")
     found = {finding.id: finding for finding in bad(change(machine, system_packages=False, **failing("tensorrt")))}
     assert "--system-site-packages" in str(found["tensorrt"].command) and found["tensorrt"].severity == "error"
+
+
+@pytest.mark.parametrize(("revision", "version"), [("4.3", "10.3.0"), ("4.3", "10.7.0"), ("5.0", "10.3.0.30")])
+def test_a_tensorrt_that_nvidia_lets_on_a_jetpack_is_well(tmp_path: Path, revision: str, version: str) -> None:
+    machine = agx_orin(tmp_path)
+    put(tmp_path, RELEASE, release(36, revision))
+    assert bad(change(machine, **answer("tensorrt", version=version))) == []
 
 
 def test_a_container_without_the_gpu_is_told_of_the_runtime(tmp_path: Path) -> None:
