@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,7 +80,7 @@ CASES = [
     Case("swap", "note", "swapoff", pc, files={"/proc/swaps": f"{SWAP}/swapfile file 1048572 0 -2"}, found="a disk"),
     Case("swap", "warning", "swapoff", pc, files={"/proc/swaps": f"{SWAP}/swapfile file 1048572 2048 -2"}, found="2 MiB"),
     Case(
-        "cma", "warning", "/^ *APPEND/ s/$/ cma=950M/",
+        "cma", "warning", "APPEND/ s/$/ cma=950M/",
         files={"/proc/meminfo": MEMINFO.format(total=7802844, free=5023972, cma=262144)}, found="256 MiB",
     ),
     Case("nvmap", "warning", "r36.5", files={RELEASE: release(36, "4.7")}),
@@ -259,6 +260,42 @@ def test_a_cma_that_is_set_already_is_changed_and_not_set_twice(tmp_path: Path) 
     put(tmp_path, "/proc/meminfo", MEMINFO.format(total=7802844, free=5023972, cma=524288))
     (finding,) = [finding for finding in bad(change(machine)) if finding.id == "cma"]
     assert finding.command == "sudo sed -i 's/\\bcma=[^ ]*/cma=950M/' /boot/extlinux/extlinux.conf && sudo reboot"
+
+
+EXTLINUX = """\
+DEFAULT primary
+LABEL primary
+      MENU LABEL primary kernel
+      LINUX /boot/Image
+      APPEND ${cbootargs} root=/dev/nvme0n1p1 rw%s rootwait
+# LABEL backup
+#    APPEND ${cbootargs}
+"""
+
+
+@pytest.mark.parametrize(("set_before", "after"), [("", " rw rootwait cma=950M\n"), (" cma=512M", " rw cma=950M rootwait\n")])
+def test_the_command_that_enlarges_the_cma_does(tmp_path: Path, set_before: str, after: str) -> None:
+    machine, config = nano(tmp_path), tmp_path / "extlinux.conf"
+    put(tmp_path, "/proc/cmdline", f"root=/dev/nvme0n1p1 rw{set_before} rootwait")
+    put(tmp_path, "/proc/meminfo", MEMINFO.format(total=7802844, free=5023972, cma=524288))
+    config.write_text(EXTLINUX % set_before)
+    (finding,) = [finding for finding in bad(change(machine)) if finding.id == "cma"]
+    command, reboot = str(finding.command).split(" && ")
+    subprocess.run(command.removeprefix("sudo ").replace("/boot/extlinux/extlinux.conf", str(config)), shell=True, check=True)
+    assert (config.read_text().count("cma="), reboot) == (1, "sudo reboot")
+    assert after in config.read_text()
+
+
+def test_the_command_that_upgrades_jetpack_names_the_next_release(tmp_path: Path) -> None:
+    machine, sources = nano(tmp_path), tmp_path / "sources.list"
+    put(tmp_path, RELEASE, release(36, "3.0"))
+    lines = "deb https://repo.download.nvidia.com/jetson/{part} {release} main\n"
+    sources.write_text(lines.format(part="common", release="r36.3") + lines.format(part="t234", release="r36.3"))
+    (finding,) = [finding for finding in bad(change(machine)) if finding.id == "jetpack"]
+    command, place = str(finding.command).split(" && ")[0].removeprefix("sudo ").rsplit(" ", 1)
+    assert place == "/etc/apt/sources.list.d/nvidia-l4t-apt-source.list"
+    subprocess.run(f"{command} {sources}", shell=True, check=True)
+    assert sources.read_text().count("r36.4 main") == 2
 
 
 def test_root_needs_no_group(tmp_path: Path) -> None:
