@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from keepsight.runtime.doctor.probes import MARK
+from keepsight.streams.errors import KeepsightError
 
 __all__ = ["ATTEMPTS", "main"]
 
@@ -126,7 +127,8 @@ def main(name: str, *arguments: str) -> None:
     try:
         answer = ATTEMPTS[name](*arguments)
     except Exception as error:  # whatever a library raises is the answer
-        answer = {"failure": f"{error}" if str(error) else type(error).__name__}
+        said = error.message if isinstance(error, KeepsightError) else str(error)  # the doctor has advice of its own
+        answer = {"failure": said or type(error).__name__}
     print(f"\n{MARK}{json.dumps(answer)}", flush=True)
 
 

@@ -48,10 +48,7 @@ def commands(app: typer.Typer) -> None:
             found = print_findings(findings, Console(highlight=False))
         errors = [finding for finding in found if finding.severity == "error"]
         if errors:
-            raise UnhealthyError(
-                f"{len(errors)} error{'s' if len(errors) > 1 else ''}: {'; '.join(error.found for error in errors)}.",
-                fix="What mends each stands below it." if not as_json else None,
-            )
+            raise UnhealthyError(f"{_count(len(errors), 'error')}: {', '.join(dict.fromkeys(error.id for error in errors))}.")
 
 
 def print_findings(findings: Iterable[Finding], console: Console) -> list[Finding]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from keepsight.runtime.doctor.board_checks import VENV
 from keepsight.runtime.doctor.finding import Finding
 from keepsight.runtime.doctor.machine import Machine
 from keepsight.runtime.doctor.support import support_of
+from keepsight.runtime.sensors.sysfs import text
 
 __all__ = ["compiler", "cuda_python", "driver", "tensorrt"]
 
 _JETPACK = "sudo apt update && sudo apt install nvidia-jetpack"
-_NVCC = "/usr/local/cuda/bin/nvcc"
+_NVCC, _TOOLKIT = "/usr/local/cuda/bin/nvcc", "/usr/local/cuda/version.json"
 _FIRST_TENSORRT = 10
 _BINDINGS = ("/usr/lib/python3/dist-packages", "/usr/lib/python3.10/dist-packages", "/usr/lib/python3.12/dist-packages")
 
@@ -45,7 +47,7 @@ def compiler(machine: Machine) -> Iterator[Finding]:
     if not machine.is_jetson:
         return
     if machine.path(_NVCC).exists():
-        yield Finding("nvcc", "GPU", "ok", f"CUDA compiler at {_NVCC}")
+        yield from _toolkit(machine)
         return
     yield Finding(
         "nvcc",
@@ -76,12 +78,12 @@ def tensorrt(machine: Machine) -> Iterator[Finding]:
             f"TensorRT {version} is too old",
             "Keepsight builds engines with what TensorRT 10 has. JetPack 6.1 is the first that brings it.",
         )
-    elif support is not None and support.usable and not version.startswith(f"{support.tensorrt}."):
+    elif support is not None and support.usable and not _is_one_of(version, support.tensorrt):
         yield Finding(
             "tensorrt",
             "GPU",
             "warning",
-            f"TensorRT {version}, where JetPack {support.jetpack} brings {support.tensorrt}",
+            f"TensorRT {version}, where JetPack {support.jetpack} brings {support.tensorrt[0]}",
             "Another one was installed beside it, or over it. It may work; engines that the other one built do not. "
             "JetPack's own:",
             "sudo apt install --reinstall python3-libnvinfer",
@@ -108,10 +110,31 @@ def cuda_python(machine: Machine) -> Iterator[Finding]:
         yield Finding("cuda-python", "GPU", "ok", f"cuda-python {version}")
 
 
+def _toolkit(machine: Machine) -> Iterator[Finding]:
+    found = re.search(r'"cuda"\s*:\s*\{[^}]*"version"\s*:\s*"(\d+\.\d+)', text(machine.path(_TOOLKIT)) or "")
+    support = support_of(machine.identity.l4t) if machine.identity.l4t else None
+    if found is None or support is None or not support.usable or found[1] == support.cuda:
+        yield Finding("nvcc", "GPU", "ok", f"CUDA {found[1] + ' ' if found else ''}compiler at {_NVCC}")
+        return
+    yield Finding(
+        "nvcc",
+        "GPU",
+        "warning",
+        f"the CUDA {found[1]} compiler, where JetPack {support.jetpack} brings {support.cuda}",
+        "What is built with it, llama.cpp for one, may need a newer driver than this board has. JetPack's own:",
+        f"sudo apt install cuda-toolkit-{support.cuda.replace('.', '-')} && "
+        f"sudo ln -sfn /usr/local/cuda-{support.cuda} /usr/local/cuda",
+    )
+
+
+def _is_one_of(version: str, known: tuple[str, ...]) -> bool:
+    return any(f"{version}.".startswith(f"{one}.") for one in known)
+
+
 def _no_tensorrt(machine: Machine, reason: str) -> Iterator[Finding]:
     if not machine.is_jetson:
         yield Finding(
-            "tensorrt", "GPU", "note", "no TensorRT", f"Only `--backend tensorrt` needs it. {reason}", "pip install tensorrt"
+            "tensorrt", "GPU", "note", "no TensorRT", f"Only `--backend tensorrt` needs it: {reason}", "pip install tensorrt"
         )
         return
     found = "this Python can't use TensorRT"
@@ -130,6 +153,6 @@ def _no_tensorrt(machine: Machine, reason: str) -> Iterator[Finding]:
         "GPU",
         "error",
         found,
-        f"Without it the graphs run on the CPU. {reason}",
+        f"Without it the graphs run on the CPU: {reason}",
         "sudo apt install python3-libnvinfer",
     )

@@ -132,4 +132,4 @@ def desktop(machine: Machine) -> Iterator[Finding]:
 def _cma_command(machine: Machine) -> str:
     if re.search(r"\bcma=\S+", text(machine.path("/proc/cmdline")) or ""):
         return f"sudo sed -i 's/\\bcma=[^ ]*/cma={_CMA}/' {_EXTLINUX} && sudo reboot"
-    return f"sudo sed -i '/^ *APPEND/ s/$/ cma={_CMA}/' {_EXTLINUX} && sudo reboot"
+    return f"sudo sed -i '/^[[:space:]]*APPEND/ s/$/ cma={_CMA}/' {_EXTLINUX} && sudo reboot"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Support", "line_of", "support_of"]
+__all__ = ["Support", "apt_upgrade", "support_of"]
 
 
 @dataclass(frozen=True)
@@ -13,17 +13,16 @@ class Support:
 
     Attributes:
         jetpack: its name.
-        python: of its Ubuntu.
-        cuda, tensorrt: first numbers of their versions.
+        cuda: first numbers of its version.
+        tensorrt: those of its own, and then of others that NVIDIA lets on it.
         usable: whether Keepsight's runtime, the GPU included, can work there.
         problem: if not, why.
         command: what brings a machine on this line to one that is usable.
     """
 
     jetpack: str
-    python: str
     cuda: str
-    tensorrt: str
+    tensorrt: tuple[str, ...]
     usable: bool = True
     problem: str = ""
     command: str | None = None
@@ -37,35 +36,30 @@ def apt_upgrade(old: str, new: str) -> str:
     return f"sudo sed -i 's/{old}/{new}/' {_SOURCES} && sudo apt update && sudo apt dist-upgrade"
 
 
-# By the beginning of the release; the first that fits. Versions: shared table of JetPack, from NVIDIA's documentation and users'
-# reports (the same as in Jetson.md).
+# By the beginning of the release; the first that fits. Versions: NVIDIA's documentation and users' reports, the same as in
+# Jetson.md.
 _LINES: tuple[tuple[str, Support], ...] = (
-    ("36.4", Support("6.1 or 6.2", "3.10", "12.6", "10.3")),
-    ("36.5", Support("6.2.2", "3.10", "12.6", "10.3")),
+    ("36.4", Support("6.1 or 6.2", "12.6", ("10.3", "10.7"))),
+    ("36.5", Support("6.2.2", "12.6", ("10.3", "10.7"))),
     (
         "36.",
         Support(
-            "6.0", "3.10", "12.2", "8.6", usable=False,
+            "6.0", "12.2", ("8.6",), usable=False,
             problem="its TensorRT 8.6 lacks what Keepsight builds engines with (10.3 is the first that has it)",
             command=apt_upgrade("r36.[23]", "r36.4"),
         ),
     ),
-    ("38.", Support("7.0 or 7.1", "3.12", "13.0", "10.13")),
-    ("39.", Support("7.2", "3.12", "13.2", "10.16")),
+    ("38.", Support("7.0 or 7.1", "13.0", ("10.13",))),
+    ("39.", Support("7.2", "13.2", ("10.16", "11.4"))),
     (
         "35.",
         Support(
-            "5", "3.8", "11.4", "8.5", usable=False,
+            "5", "11.4", ("8.5",), usable=False,
             problem="its Python 3.8 and TensorRT 8.5 are older than what Keepsight needs (3.10 and 10.3). No upgrade leads from "
             "JetPack 5 to 6: flash JetPack 6.2 with NVIDIA's SDK Manager",
         ),
     ),
 )  # fmt: skip
-
-
-def line_of(l4t: str) -> str:
-    """Major and minor number of a release."""
-    return ".".join(l4t.split(".")[:2])
 
 
 def support_of(l4t: str) -> Support | None:

@@ -38,7 +38,7 @@ def test_a_machine_without_errors_ends_well(tmp_path: Path, monkeypatch: pytest.
 def test_an_error_is_the_exit_code_of_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(monkeypatch, change(agx_orin(tmp_path), answers=CPU_ONLY))
     assert isinstance(result.exception, UnhealthyError) and result.exception.exit_code == 17
-    assert str(result.exception) == "1 error: llama.cpp was built for the CPU alone. What mends each stands below it."
+    assert str(result.exception) == "1 error: llama-gpu."
 
 
 def test_json_has_every_finding_and_nothing_else_on_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,7 +80,7 @@ CASES = [
     Case("swap", "note", "swapoff", pc, files={"/proc/swaps": f"{SWAP}/swapfile file 1048572 0 -2"}, found="a disk"),
     Case("swap", "warning", "swapoff", pc, files={"/proc/swaps": f"{SWAP}/swapfile file 1048572 2048 -2"}, found="2 MiB"),
     Case(
-        "cma", "warning", "/^ *APPEND/ s/$/ cma=950M/",
+        "cma", "warning", "APPEND/ s/$/ cma=950M/",
         files={"/proc/meminfo": MEMINFO.format(total=7802844, free=5023972, cma=262144)}, found="256 MiB",
     ),
     Case("nvmap", "warning", "r36.5", files={RELEASE: release(36, "4.7")}),
@@ -95,9 +96,14 @@ CASES = [
     Case("power-meter", "note", None, files={"/sys/class/hwmon/hwmon1/name": "!gone"}),
     Case("cuda", "error", "apt install nvidia-jetpack", agx_orin, changes=failing("cuda"), found="can't be used"),
     Case("nvcc", "warning", "nvidia-jetpack", files={"/usr/local/cuda/bin/nvcc": "!gone"}),
+    Case(
+        "nvcc", "warning", "cuda-toolkit-12-6",
+        files={"/usr/local/cuda/version.json": '{"cuda" : {\n "name" : "CUDA SDK",\n "version" : "13.0.1"\n}, "nvcc": {}}'},
+        found="CUDA 13.0",
+    ),
     Case("tensorrt", "error", "python3-libnvinfer", changes=failing("tensorrt"), found="can't use TensorRT"),
     Case("tensorrt", "error", None, changes=answer("tensorrt", version="8.6.2.3"), found="too old"),
-    Case("tensorrt", "warning", "--reinstall", changes=answer("tensorrt", version="10.7.0"), found="brings 10.3"),
+    Case("tensorrt", "warning", "--reinstall", changes=answer("tensorrt", version="10.9.0"), found="brings 10.3"),
     Case("tensorrt", "warning", "--reinstall", thor, changes=answer("tensorrt", version="10.3.0"), found="brings 10.13"),
     Case("cuda-python", "warning", "keepsight[tensorrt]", changes=without("cuda-bindings")),
     Case("llama", "error", "llama-cpp-python==0.3.36", changes=failing("llama"), found="can't be loaded"),
@@ -167,10 +173,17 @@ def test_a_small_board_without_fault_is_only_told_how_to_swap_for_builds(tmp_pat
     assert [(finding.id, finding.severity) for finding in bad(nano(tmp_path))] == [("swap", "note")]
 
 
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> dict[Callable[[Path], Machine], list[Finding]]:
+    """What is found on each machine before it is changed."""
+    return {machine: bad(machine(tmp_path_factory.mktemp("before"))) for machine in (nano, agx_orin, thor, pc)}
+
+
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.id}-{case.severity}-{number}" for number, case in enumerate(CASES)])
-def test_one_change_brings_one_finding(case: Case, tmp_path: Path) -> None:
-    healthy = {finding.id for finding in bad(case.machine(tmp_path / "before")) if finding.id != case.id}
-    found = [finding for finding in bad(changed(case, tmp_path / "after")) if finding.id not in healthy]
+def test_one_change_brings_one_finding(
+    case: Case, tmp_path: Path, before: dict[Callable[[Path], Machine], list[Finding]]
+) -> None:
+    found = [finding for finding in bad(changed(case, tmp_path)) if finding not in before[case.machine]]
     assert [(finding.id, finding.severity) for finding in found] == [(case.id, case.severity)]
     finding = found[0]
     assert case.found in finding.found
@@ -178,12 +191,10 @@ def test_one_change_brings_one_finding(case: Case, tmp_path: Path) -> None:
     assert finding.why, "a finding says why it matters"
 
 
-@pytest.mark.parametrize("machine", [nano, agx_orin, thor, pc])
-def test_findings_are_well_formed(machine: Callable[[Path], Machine], tmp_path: Path) -> None:
-    found = [*examine(machine(tmp_path))]
-    for case in CASES:
-        found += bad(changed(case, tmp_path / f"{CASES.index(case)}"))
-    areas = [finding.area for finding in examine(machine(tmp_path / "again"))]
+@pytest.mark.parametrize("case", [*CASES, *(Case("", "", None, machine) for machine in (agx_orin, thor, pc))])
+def test_findings_are_well_formed(case: Case, tmp_path: Path) -> None:
+    found = [*examine(changed(case, tmp_path))]
+    areas = [finding.area for finding in found]
     assert areas == sorted(areas, key=AREAS.index), "areas come one after another"
     for finding in found:
         assert finding.area in AREAS and finding.severity in SEVERITIES
@@ -229,6 +240,13 @@ def test_tensorrt_that_is_there_and_not_seen_wants_another_environment(tmp_path:
     assert "--system-site-packages" in str(found["tensorrt"].command) and found["tensorrt"].severity == "error"
 
 
+@pytest.mark.parametrize(("revision", "version"), [("4.3", "10.3.0"), ("4.3", "10.7.0"), ("5.0", "10.3.0.30")])
+def test_a_tensorrt_that_nvidia_lets_on_a_jetpack_is_well(tmp_path: Path, revision: str, version: str) -> None:
+    machine = agx_orin(tmp_path)
+    put(tmp_path, RELEASE, release(36, revision))
+    assert bad(change(machine, **answer("tensorrt", version=version))) == []
+
+
 def test_a_container_without_the_gpu_is_told_of_the_runtime(tmp_path: Path) -> None:
     machine = agx_orin(tmp_path)
     put(tmp_path, "/.dockerenv", "")
@@ -242,6 +260,42 @@ def test_a_cma_that_is_set_already_is_changed_and_not_set_twice(tmp_path: Path) 
     put(tmp_path, "/proc/meminfo", MEMINFO.format(total=7802844, free=5023972, cma=524288))
     (finding,) = [finding for finding in bad(change(machine)) if finding.id == "cma"]
     assert finding.command == "sudo sed -i 's/\\bcma=[^ ]*/cma=950M/' /boot/extlinux/extlinux.conf && sudo reboot"
+
+
+EXTLINUX = """\
+DEFAULT primary
+LABEL primary
+      MENU LABEL primary kernel
+      LINUX /boot/Image
+      APPEND ${cbootargs} root=/dev/nvme0n1p1 rw%s rootwait
+# LABEL backup
+#    APPEND ${cbootargs}
+"""
+
+
+@pytest.mark.parametrize(("set_before", "after"), [("", " rw rootwait cma=950M\n"), (" cma=512M", " rw cma=950M rootwait\n")])
+def test_the_command_that_enlarges_the_cma_does(tmp_path: Path, set_before: str, after: str) -> None:
+    machine, config = nano(tmp_path), tmp_path / "extlinux.conf"
+    put(tmp_path, "/proc/cmdline", f"root=/dev/nvme0n1p1 rw{set_before} rootwait")
+    put(tmp_path, "/proc/meminfo", MEMINFO.format(total=7802844, free=5023972, cma=524288))
+    config.write_text(EXTLINUX % set_before)
+    (finding,) = [finding for finding in bad(change(machine)) if finding.id == "cma"]
+    command, reboot = str(finding.command).split(" && ")
+    subprocess.run(command.removeprefix("sudo ").replace("/boot/extlinux/extlinux.conf", str(config)), shell=True, check=True)
+    assert (config.read_text().count("cma="), reboot) == (1, "sudo reboot")
+    assert after in config.read_text()
+
+
+def test_the_command_that_upgrades_jetpack_names_the_next_release(tmp_path: Path) -> None:
+    machine, sources = nano(tmp_path), tmp_path / "sources.list"
+    put(tmp_path, RELEASE, release(36, "3.0"))
+    lines = "deb https://repo.download.nvidia.com/jetson/{part} {release} main\n"
+    sources.write_text(lines.format(part="common", release="r36.3") + lines.format(part="t234", release="r36.3"))
+    (finding,) = [finding for finding in bad(change(machine)) if finding.id == "jetpack"]
+    command, place = str(finding.command).split(" && ")[0].removeprefix("sudo ").rsplit(" ", 1)
+    assert place == "/etc/apt/sources.list.d/nvidia-l4t-apt-source.list"
+    subprocess.run(f"{command} {sources}", shell=True, check=True)
+    assert sources.read_text().count("r36.4 main") == 2
 
 
 def test_root_needs_no_group(tmp_path: Path) -> None:
