@@ -34,9 +34,9 @@ def run(
     source: Annotated[
         str | None, typer.Argument(help="What to watch: a file, rtsp://, /dev/video0... [default: a clip, the same every time]")
     ] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Frames that are counted in each run.")] = 100,
+    frames: Annotated[int, typer.Option(min=1, help="Frames that are counted in each run.")] = 60,
     warmup: Annotated[int | None, typer.Option(min=0, help="Frames before them [default: until the memory is full].")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Repeat all of it; a comparison takes its confidence from this.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, help="Repeat all of it; a comparison takes its confidence from this.")] = 5,
     questions: Annotated[
         Path | None, typer.Option(help='One a line, or as {"question": "...", "mode": "standing"} [default: the clip\'s].')
     ] = None,

@@ -51,9 +51,9 @@ class Options:
     setup: Setup
     source: str | None = None
     questions: tuple[Put, ...] | None = None
-    frames: int = 100
+    frames: int = 60
     warmup: int | None = None
-    runs: int = 3
+    runs: int = 5
     contention: float | None = None
     idle_s: float = 3.0
     sensor_hz: float = 2.0
