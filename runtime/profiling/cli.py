@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from keepsight.runtime.options import BackendOption, GraphsOption, JsonOption, MemoryOption, ThreadsOption, VariantOption
+from keepsight.streams.errors import UsageError
 
 if TYPE_CHECKING:
     from keepsight.runtime.profiling.run import Tell
@@ -43,6 +44,9 @@ def run(
     contention: Annotated[
         bool, typer.Option("--contention", help="Vision and language model alone, then both at once, 5 s each.")
     ] = False,
+    urgent: Annotated[
+        bool, typer.Option("--urgent", help="TensorRT: let vision's kernels go before the language model's.")
+    ] = False,
     variant: VariantOption = None,
     memory: MemoryOption = "mbc",
     backend: BackendOption = "cpu",
@@ -58,12 +62,14 @@ def run(
     from keepsight.runtime.profiling.run import Options, profile
     from keepsight.streams import Source
 
+    if urgent and backend != "tensorrt":
+        raise UsageError("--urgent is of a GPU's stream.", fix="Give --backend tensorrt with it.")
     asked = None if questions is None else tuple(read_questions(questions))
     if source is not None:
         Source(source).close()  # say so at once if it is not there
     _refuse_unwritable(out)
     options = Options(
-        Setup(bundle, variant, memory, backend, cuda_graphs, threads), source, asked, frames, warmup, runs,
+        Setup(bundle, variant, memory, backend, cuda_graphs, threads, urgent), source, asked, frames, warmup, runs,
         _CONTENTION_S if contention else None, command=_typed(source),
     )  # fmt: skip
     with _progress() as tell:
@@ -92,8 +98,6 @@ def compare(
 
 def _refuse_unwritable(path: Path | None) -> None:
     """Say so before minutes are spent on what can't be kept."""
-    from keepsight.streams.errors import UsageError
-
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise UsageError(f"{path} can't be written: it is a folder, or in none.", fix="Name a file in a folder that exists.")
 

@@ -117,6 +117,12 @@ def test_a_clock_is_read_after_its_second_event_and_closed_twice(stream: CudaStr
     clock.close()
 
 
+@pytest.mark.parametrize(("urgent", "priority"), [(False, 0), (True, -5)])
+def test_an_urgent_stream_has_the_highest_priority_that_there_is(driver: ctypes.CDLL, urgent: bool, priority: int) -> None:
+    CudaStream(urgent=urgent).close()
+    assert driver.keepsight_priority() == priority
+
+
 def test_layers_are_timed_without_cuda_graphs_and_only_meanwhile(bundle: Bundle, stream: CudaStream, driver: ctypes.CDLL) -> None:
     frames = random_frames(1)
     with on_tensorrt(bundle, stream, "vision") as engines:

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from keepsight.runtime.cli import app
 from keepsight.runtime.profiling.load import Setup
-from keepsight.runtime.profiling.memory import peak_resident, process_use, resident
+from keepsight.runtime.profiling.memory import peak_resident, process_use, resident, system_use
 from keepsight.runtime.profiling.questions import Put
 from keepsight.runtime.profiling.report import FRAME_STAGES, QUESTION_STAGES, Moment, Profile, read_profile, schema, write_profile
 from keepsight.runtime.profiling.run import Options, _played_over, profile
 from keepsight.runtime.profiling.sampler import Sampler, moment_of
 from keepsight.runtime.sensors import Power, PowerMode, Reading, Temperature
 from keepsight.streams import write_video
-from keepsight.streams.errors import UsageError
+from keepsight.streams.errors import KeepsightError, UsageError
 
 from ...random_bundle import make_bundle, random_frames
 from .made_reports import Made
@@ -114,7 +116,7 @@ def test_the_cold_start_is_told_step_by_step_apart_from_the_samples(found: Profi
     names = [phase.name for phase in found.cold_start]
     assert names[:2] == ["import libraries", "open bundle"]
     assert {f"load {graph}" for graph in ("vision", "visual_kv", "step", "replay", "language model")} < set(names)
-    assert names[-2:] == ["first frame", "first answer"]
+    assert names[-3:] == ["first frame", "first answer", "warm-up"]
     assert all(phase.ms >= 0 for phase in found.cold_start)
 
 
@@ -234,6 +236,13 @@ def test_resident_memory_is_what_the_kernel_says(tmp_path: Path) -> None:
     assert use.peak == 10**12 and use.steady > held.nbytes
 
 
+def test_what_the_whole_system_took_counts_from_before_loading() -> None:
+    (use,) = system_use([900, 700, 300, 400, 420, 410])
+    assert (use.steady, use.peak, use.basis) == (490, 600, "read")
+    assert system_use([900]) == []
+    assert system_use([900, 950, 950])[0].steady == 0  # somebody else gave memory back
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -272,11 +281,12 @@ def test_two_reports_are_compared_by_the_command_and_its_exit_code_tells(tmp_pat
         (["no-such-bundle"], 8, "no-such-bundle"),
         (["tiny", "--questions", "none.txt"], 2, "none.txt can't be read"),
         (["tiny", "--out", "no/such/folder/report.json"], 2, "can't be written"),
+        (["tiny", "--urgent"], 2, "--urgent is of a GPU's stream"),
     ],
 )
-def test_users_mistakes_are_one_line_and_their_exit_code(words: list[str], code: int, said: str) -> None:
-    done = keepsight("profile", "run", *words)
-    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
+def test_users_mistakes_have_their_exit_code_and_say_what_is_wrong(words: list[str], code: int, said: str) -> None:
+    error = CliRunner().invoke(app, ["profile", "run", *words]).exception
+    assert isinstance(error, KeepsightError) and error.exit_code == code and said in str(error)
 
 
 def test_passwords_are_not_in_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
