@@ -289,9 +289,14 @@ def _limits_ms(before: float, threshold: float) -> tuple[float, float]:
 
 
 def _judge(judged: Gap, limits: tuple[float, float], interval: tuple[float, float]) -> tuple[float, Verdict]:
-    """p of both sides together, and the verdict if nothing significant comes of it."""
-    p = min(1.0, 2 * min(judged.tail(limits[1]), 1 - judged.tail(limits[0])))
-    return p, "same" if limits[0] <= interval[0] and interval[1] <= limits[1] else "unclear"
+    """p of a change within the limits, and the verdict if nothing significant comes of it.
+
+    p is that of one side: a change on one limit is hardly ever seen beyond the other. Where the whole interval does not lie
+    beyond a limit, it is 1.
+    """
+    if limits[0] <= interval[1] and interval[0] <= limits[1]:
+        return 1.0, "same" if limits[0] <= interval[0] and interval[1] <= limits[1] else "unclear"
+    return min(judged.tail(limits[1]), 1 - judged.tail(limits[0])), "unclear"
 
 
 def _holm(changes: list[Change]) -> list[Change]:

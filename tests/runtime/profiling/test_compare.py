@@ -219,7 +219,7 @@ def test_holm_rejects_no_more_than_alone_and_no_less_than_bonferroni() -> None:
         if c.verdict == "slower":
             assert c.low > 1.05
         # The simultaneous interval of Bonferroni, from the 95 % one: the same centre and error, a larger quantile.
-        reach = math.log(c.high / c.low) / 2 * t_quantile(0.025 / tested, 8) / t_quantile(0.025, 8)
+        reach = math.log(c.high / c.low) / 2 * t_quantile(0.05 / tested, 8) / t_quantile(0.025, 8)
         if math.log(c.ratio) - reach > math.log(1.05):
             assert c.verdict == "slower"
 
