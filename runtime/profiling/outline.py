@@ -8,14 +8,9 @@ import numpy as np
 
 from keepsight.runtime.profiling.report import FRAME_STAGES, QUESTION_STAGES, Chain, Layer, Profile, Stage
 
-__all__ = ["Block", "Row", "blocks", "chain", "figures", "makeup", "place", "rows", "throttled"]
+__all__ = ["PATHS", "Block", "Row", "blocks", "figures", "makeup", "place", "rows", "throttled"]
 
 _CHAINS: dict[Chain, tuple[str, tuple[str, ...]]] = {"frame": ("frame", FRAME_STAGES), "question": ("answer", QUESTION_STAGES)}
-
-
-def chain(path: Chain) -> tuple[str, tuple[str, ...]]:
-    """The end-to-end time of a path, and the stages that add up to it."""
-    return _CHAINS[path]
 
 
 @dataclass(frozen=True)
@@ -25,6 +20,10 @@ class Row:
     stage: Stage
     depth: int
     share: float | None
+
+
+PATHS: tuple[tuple[Chain, str], ...] = (("frame", "a frame"), ("question", "a question"))
+"""Both, with what to call one thing of theirs."""
 
 
 def rows(profile: Profile, path: Chain) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Plots as SVG text: scales with round ticks, bars, lines and spans. Colours are classes, so that a page's style decides on them."""
+"""Plots as SVG text: scales with round ticks, bars, lines and spans. Colours are classes, on which a page's style decides."""
 
 from __future__ import annotations
 
@@ -8,14 +8,29 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-__all__ = ["COLOURS", "FONT", "Scale", "Series", "columns", "fit", "gantt", "lines", "picture", "rounded", "stacked", "ticks"]
+__all__ = [
+    "COLOURS",
+    "FONT",
+    "Scale",
+    "Series",
+    "columns",
+    "fit",
+    "gantt",
+    "lines",
+    "picture",
+    "rounded",
+    "stacked",
+    "swatch",
+    "ticks",
+]
 
 COLOURS = 8
 """How many classes of colours there are: `c0` to `c7`; further series begin again, with another dash."""
 
 FONT = 12
-"""Pixels. A character is taken to be 0.58 of it wide, 1 if it is a wide one (Chinese, an emoji)."""
+"""Pixels. A character is taken to be 0.63 of it wide, as in broad fonts, 1 if it is a wide one (Chinese, an emoji)."""
 
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 _ids = itertools.count()
@@ -66,13 +81,16 @@ class Series:
 
 def fit(words: str, pixels: float, size: int = FONT) -> str:
     """A text, with an ellipsis if it is longer than so many pixels."""
-    room, kept = pixels / size, 0
-    used = 0.0
-    for kept, letter in enumerate(words):
-        used += 1.0 if unicodedata.east_asian_width(letter) in "WF" else 0.58
-        if used > room:
-            return words[: max(0, kept - 1)].rstrip() + "…"
-    return words
+    if _wide(words, size) <= pixels:
+        return words
+    kept = len(words)
+    while kept and _wide(words[:kept] + "…", size) > pixels:
+        kept -= 1
+    return words[:kept].rstrip() + "…"
+
+
+def _wide(words: str, size: int = FONT) -> float:
+    return size * sum(1.0 if unicodedata.east_asian_width(letter) in "WF" else 0.63 for letter in words)
 
 
 def picture(title: str, description: str, width: int, height: int, body: str) -> str:
@@ -84,8 +102,10 @@ def picture(title: str, description: str, width: int, height: int, body: str) ->
     )
 
 
-def columns(counts: Sequence[int], low: float, high: float, marks: Sequence[tuple[str, float]], title: str, about: str) -> str:
-    """A small histogram of milliseconds: `counts` between `low` and `high`, with named marks."""
+def columns(
+    counts: Sequence[int], low: float, high: float, marks: tuple[tuple[str, float], tuple[str, float]], title: str, about: str
+) -> str:
+    """A small histogram of milliseconds: `counts` between `low` and `high`, with two named marks, the lower one first."""
     width, height, bottom, top = 240, 118, 94, 20
     across, up = Scale(low, high, 8, width - 8), Scale(0, max(*counts, 1), bottom, top)
     step = (across.end - across.start) / len(counts)
@@ -94,16 +114,15 @@ def columns(counts: Sequence[int], low: float, high: float, marks: Sequence[tupl
         for index, count in enumerate(counts)
         if count
     )
-    parts = [f'<path class="c0" d="{bars}"/>', _rule(across, bottom), *_across(across, bottom, 4)]
-    taken = -math.inf
-    for index, (name, value) in enumerate(marks):
-        x = across(min(max(value, low), high))
-        parts.append(f'<path class="mark" d="M{x:.1f} {top - 4}V{bottom}"/>')
-        # Two marks beside each other would write over each other; the later one goes without.
-        left = min(max(x, 16), width - 16)
-        if left - taken >= 28 or index == 0:
-            parts.append(_text(left, top - 7, name, "middle"))
-            taken = left
+    parts = [f'<path class="c0" d="{bars}"/>', _rule(across, bottom), *_across(across, bottom, 4, room=width)]
+    # The lower mark is named on its left, the upper one on its right, each moved as far as it must be to stay within the picture.
+    (low_name, low_mark), (high_name, high_mark) = marks
+    at = [across(min(max(value, low), high)) for value in (low_mark, high_mark)]
+    right = min(at[1] + 3, width - _wide(high_name))
+    left = max(0.0, min(at[0] - 3, right - 6) - _wide(low_name))
+    right = max(right, left + _wide(low_name) + 6)
+    parts += [f'<path class="mark" d="M{x:.1f} {top - 12}V{bottom}"/>' for x in at]
+    parts += [_text(left, top - 5, low_name, "start"), _text(right, top - 5, high_name, "start")]
     return picture(title, about, width, height, "".join(parts))
 
 
@@ -113,7 +132,7 @@ def stacked(bars: Sequence[tuple[str, Sequence[tuple[int, str, float]]]], unit: 
     longest = max((sum(max(0.0, part[2]) for part in parts) for _, parts in bars), default=0.0) or 1.0
     across = Scale(0, longest, left, width - 76)
     bottom = top + row * len(bars)
-    found = [*_grid(across, top, bottom), *_across(across, bottom, 8, unit)]
+    found = [*_grid(across, top, bottom, 8), *_across(across, bottom, 8, unit)]
     for index, (name, parts) in enumerate(bars):
         y, at = top + row * index + 6, 0.0
         found.append(_text(left - 8, y + 22, fit(name, left - 8), "end"))
@@ -125,8 +144,8 @@ def stacked(bars: Sequence[tuple[str, Sequence[tuple[int, str, float]]]], unit: 
                 f'<rect class="c{colour % COLOURS}" x="{x:.1f}" y="{y}" width="{wide:.2f}" height="{row - 12}">'
                 f"<title>{html.escape(label)}</title></rect>"
             )
-            if wide >= 20 + 0.58 * FONT * len(part):
-                found.append(_text(x + wide / 2, y + 21, part, "middle", f"on{colour % COLOURS}"))
+            if wide >= 12 + _wide(part):
+                found.append(_text(x + wide / 2, y + 21, part, "middle", f"on on{colour % COLOURS}"))
             at += length
         found.append(_text(across(at) + 6, y + 22, f"{rounded(at)} {unit}", "start", "strong"))
     return picture(title, about, width, bottom + 36, "".join(found))
@@ -138,7 +157,7 @@ def gantt(rows: Sequence[tuple[str, Sequence[tuple[int, str, float, float]]]], u
     end = max((start + length for _, spans in rows for _, _, start, length in spans), default=0.0) or 1.0
     across = Scale(0, end, left, width - 70)
     bottom = top + row * len(rows)
-    found = [*_grid(across, top, bottom), *_across(across, bottom, 7, unit)]
+    found = [*_grid(across, top, bottom, 7), *_across(across, bottom, 7, unit)]
     for index, (name, spans) in enumerate(rows):
         y, last = top + row * index + 4, 0.0
         found.append(f"<g><title>{html.escape(name)}</title>{_text(left - 8, y + 13, fit(name, left - 8), 'end')}</g>")
@@ -157,7 +176,7 @@ def gantt(rows: Sequence[tuple[str, Sequence[tuple[int, str, float, float]]]], u
 
 def lines(
     x: Sequence[float], series: Sequence[Series], unit: str, title: str, about: str, *,
-    shaded: Sequence[tuple[float, float]] = (), from_zero: bool = False, filled: bool = False, colour: int = 0,
+    shaded: Sequence[tuple[float, float]] = (), from_zero: bool = False, filled: bool = False,
 ) -> str:  # fmt: skip
     """Lines over seconds; `shaded` are spans of x, `filled` the area below the first line."""
     width, height, left, top = 680, 200, 62, 18
@@ -180,13 +199,20 @@ def lines(
     for index, one in enumerate(series):
         path = _path(x, one.y, across, up)
         if filled and index == 0 and path:
-            found.append(f'<path class="area c{colour % COLOURS}" d="{path}V{bottom}H{across(x[0]):.1f}z"/>')
-        dash = _DASHES[index // COLOURS % len(_DASHES)] or _DASHES[index % len(_DASHES)]
-        dashes = f' stroke-dasharray="{dash}"' if dash else ""
-        found.append(
-            f'<path class="line s{(colour + index) % COLOURS}" d="{path}"{dashes}><title>{html.escape(one.name)}</title></path>'
-        )
+            found.append(f'<path class="area c0" d="{path}V{bottom}H{across(x[0]):.1f}z"/>')
+        found.append(f'<path {_stroke(index)} d="{path}"><title>{html.escape(one.name)}</title></path>')
     return picture(title, about, width, height, "".join(found))
+
+
+def swatch(index: int) -> str:
+    """A short piece of a plot's line, for its key."""
+    return f'<svg viewBox="0 0 28 8" aria-hidden="true"><path {_stroke(index)} d="M0 4H28"/></svg>'
+
+
+def _stroke(index: int) -> str:
+    """Lines differ by their dashes, too, not by colour alone."""
+    dash = _DASHES[index % len(_DASHES)]
+    return f'class="line s{index % COLOURS}"' + (f' stroke-dasharray="{dash}"' if dash else "")
 
 
 def _path(x: Sequence[float], y: Sequence[float | None], across: Scale, up: Scale) -> str:
@@ -200,20 +226,32 @@ def _path(x: Sequence[float], y: Sequence[float | None], across: Scale, up: Scal
     return "".join(path)
 
 
-def _across(across: Scale, bottom: float, most: int, unit: str = "") -> list[str]:
-    """The ticks and numbers of a horizontal axis, `unit` below them in the middle."""
-    marks = ticks(across.low, across.high, most)
+def _across(across: Scale, bottom: float, most: int, unit: str = "", room: float = math.inf) -> list[str]:
+    """The ticks and numbers of a horizontal axis, `unit` below them in the middle. Numbers stay within 0 and `room`."""
     found = []
-    for mark in marks:
+    for mark, number in _marks(across, most):
+        half = _wide(number) / 2
         found.append(f'<path class="axis" d="M{across(mark):.1f} {bottom}v4"/>')
-        found.append(_text(across(mark), bottom + 17, _ticked(mark, marks), "middle"))
+        found.append(_text(max(half, min(across(mark), room - half)), bottom + 17, number, "middle"))
     if unit:
         found.append(_text((across.start + across.end) / 2, bottom + 32, unit, "middle"))
     return found
 
 
-def _grid(across: Scale, top: float, bottom: float) -> list[str]:
-    return [f'<path class="grid" d="M{across(mark):.1f} {top}V{bottom}"/>' for mark in ticks(across.low, across.high, 8)]
+def _grid(across: Scale, top: float, bottom: float, most: int) -> list[str]:
+    return [f'<path class="grid" d="M{across(mark):.1f} {top}V{bottom}"/>' for mark, _ in _marks(across, most)]
+
+
+def _marks(across: Scale, most: int) -> list[tuple[float, str]]:
+    """Ticks of a horizontal axis with their numbers, so few that these don't write over each other."""
+    found: list[tuple[float, str]] = []
+    for count in range(most, 0, -1):
+        marks = ticks(across.low, across.high, count)
+        found = [(mark, _ticked(mark, marks)) for mark in marks]
+        # Numbers at an end may be moved inwards by half their width.
+        if all((across(b) - across(a)) >= 1.5 * max(_wide(x), _wide(y)) for (a, x), (b, y) in pairwise(found)):
+            break
+    return found
 
 
 def _rule(across: Scale, y: float) -> str:

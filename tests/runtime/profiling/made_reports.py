@@ -161,7 +161,7 @@ def _timeline(rng: np.random.Generator, *, sensors: bool, seconds: int = 90) -> 
         moments.append(
             Moment(
                 t=t, resident=resident, watts=round(5 + 8 * min(1, t / 5) - (2.5 if throttled else 0) + rng.normal(0, 0.3), 3),
-                rails={"VDD_IN": 12.0, "VDD_CPU_GPU_CV": round(6 + rng.normal(0, 0.2), 3), "VDD_SOC": 2.4},
+                rails={"VDD_CPU_GPU_CV": round(6 + rng.normal(0, 0.2), 3), "VDD_SOC": 2.4},
                 celsius={"cpu-thermal": 45 + 38 * warm, "gpu-thermal": 43 + 40 * warm, "tj-thermal": 46 + 40 * warm},
                 gpu_hz=6.1e8 if throttled else 1.02e9, gpu_load=0.7, cpu_hz=1.2e9 if throttled else 1.73e9, throttled=throttled,
             )
