@@ -27,6 +27,7 @@ def commands(app: typer.Typer) -> None:
     group = typer.Typer(help="Measure a bundle on this machine, stage by stage, and compare measurements.", no_args_is_help=True)
     group.command("run")(run)
     group.command("compare")(compare)
+    group.command("merge")(merge)
     app.add_typer(group, name="profile")
 
 
@@ -53,6 +54,7 @@ def run(
     cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
     out: Annotated[Path | None, typer.Option(help="Write the report here, as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots here.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure where the time of a frame and of an answer goes, what takes memory, and what it costs in energy."""
@@ -67,7 +69,8 @@ def run(
     asked = None if questions is None else tuple(read_questions(questions))
     if source is not None:
         Source(source).close()  # say so at once if it is not there
-    _refuse_unwritable(out)
+    for path in (out, html):
+        _refuse_unwritable(path)
     options = Options(
         Setup(bundle, variant, memory, backend, cuda_graphs, threads, urgent), source, asked, frames, warmup, runs,
         _CONTENTION_S if contention else None, command=_typed(source),
@@ -76,11 +79,18 @@ def run(
         found = profile(options, tell)
     if out is not None:
         write_profile(found, out)
+    if html is not None:
+        from keepsight.runtime.profiling.page import page
+
+        html.write_text(page(found), encoding="utf-8")
     if as_json:
         typer.echo(found.model_dump_json())
         return
-    for stage in found.stages:
-        typer.echo(f"{stage.path:8} {stage.name:20} {stage.statistics.p50:9.3f} ms  p95 {stage.statistics.p95:9.3f} ms")
+    from rich.console import Console
+
+    from keepsight.runtime.profiling.tables import print_profile
+
+    print_profile(found, Console())
 
 
 def compare(
@@ -94,6 +104,18 @@ def compare(
     from keepsight.runtime.profiling.compare import compare_command
 
     compare_command(a, b, threshold=threshold, force=force, as_json=as_json)
+
+
+def merge(
+    reports: Annotated[list[Path], typer.Argument(help="Reports of the same thing.")],
+    out: Annotated[Path, typer.Option(help="Write the one report here.")],
+) -> None:
+    """Make one report of several, with their runs: where a machine's load drifts, profile A and B in turns, then merge each."""
+    from keepsight.runtime.profiling import merge as merging
+    from keepsight.runtime.profiling.report import read_profile, write_profile
+
+    _refuse_unwritable(out)
+    write_profile(merging.merge([read_profile(report) for report in reports]), out)
 
 
 def _refuse_unwritable(path: Path | None) -> None:

@@ -215,9 +215,17 @@ def _head(options: Options, loaded: Loaded, sensors: SensorReader) -> dict[str, 
         "backend": setup.backend,
         "memory_policy": setup.memory,
         "dims": {**manifest.dims.model_dump(mode="json"), "threads": setup.threads},
-        "language_model": None if loaded.llm is None else loaded.llm.path.name,
+        "language_model": _language_model(loaded),
         "machine": machine,
     }
+
+
+def _language_model(loaded: Loaded) -> str | None:
+    """The file's name, and what it was requantised to: a requantised file is called after its hash."""
+    info = loaded.bundle.manifest.llm
+    if info is None:
+        return None
+    return Path(info.file).name + (f" as {info.quantise}" if info.quantise else "")
 
 
 def _report(
