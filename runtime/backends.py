@@ -93,6 +93,7 @@ def open_engines(
     *,
     threads: int = 1,
     cuda_graphs: bool = True,
+    urgent: bool = False,
     loaded: Callable[[str], None] = lambda name: None,
 ) -> Engines:
     """Load every graph of a bundle, in the variant that it was opened in.
@@ -101,6 +102,7 @@ def open_engines(
         backend: nothing else is tried where this one can't be had.
         threads: CPU threads of each graph; for `cpu` alone.
         cuda_graphs: launch each graph's kernels as one CUDA graph; for `tensorrt` alone.
+        urgent: on a stream that goes before the language model's; for `tensorrt` alone.
         loaded: called with a graph's name when it has been read.
 
     Raises:
@@ -109,7 +111,7 @@ def open_engines(
         MissingComponentError: the backend is not installed.
     """
     if backend == "tensorrt":
-        return _on_tensorrt(bundle, cuda_graphs, loaded)
+        return _on_tensorrt(bundle, cuda_graphs, urgent, loaded)
     graphs = {}
     for name in bundle.manifest.graphs:
         graphs[name] = OnnxRuntimeEngine(bundle.graph_path(name), providers=(_PROVIDERS[backend],), threads=threads)
@@ -117,13 +119,13 @@ def open_engines(
     return Engines(graphs)
 
 
-def _on_tensorrt(bundle: Bundle, cuda_graphs: bool, loaded: Callable[[str], None]) -> Engines:
+def _on_tensorrt(bundle: Bundle, cuda_graphs: bool, urgent: bool, loaded: Callable[[str], None]) -> Engines:
     """All on one stream, one after another, so that they share scratch memory as large as the largest needs."""
     trt = import_tensorrt()
     target = this_target(trt)
     files = {name: find_engine(bundle, name, target, bundle.variant)[0] for name in bundle.manifest.graphs}
     with ExitStack() as stack:
-        stream = CudaStream()
+        stream = CudaStream(urgent=urgent)
         stack.callback(stream.close)
         with stream:
             plans = {}

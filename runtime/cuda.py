@@ -99,12 +99,15 @@ class DeviceStream(Protocol):
 class CudaStream:
     """A stream of the first GPU.
 
+    Args:
+        urgent: its kernels go first, as soon as a multiprocessor is free, where others of this process wait too (llama.cpp's).
+
     Raises:
         MissingComponentError: there is no CUDA driver, or no cuda-python.
         EngineError: there is no GPU, or the driver refuses; from every method.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, urgent: bool = False) -> None:
         self._driver = start_driver()
         self._turn = threading.RLock()
         self._device = call(self._driver, "cuDeviceGet", 0)
@@ -112,7 +115,10 @@ class CudaStream:
         # The default stream would wait for llama.cpp's work, and it for ours.
         flags = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         with self:
-            self._stream: Any = call(self._driver, "cuStreamCreate", int(flags))
+            least, greatest = call(self._driver, "cuCtxGetStreamPriorityRange")
+            self._stream: Any = call(
+                self._driver, "cuStreamCreateWithPriority", int(flags), greatest if urgent else least
+            )
 
     @property
     def handle(self) -> int:

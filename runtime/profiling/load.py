@@ -23,7 +23,11 @@ __all__ = ["Loaded", "Setup", "load"]
 
 @dataclass(frozen=True)
 class Setup:
-    """What is to be profiled, and how: the options of the commands that run a bundle."""
+    """What is to be profiled, and how: the options of the commands that run a bundle.
+
+    Attributes:
+        urgent: on TensorRT, let the graphs' kernels go before the language model's.
+    """
 
     bundle: str
     variant: str | None = None
@@ -31,6 +35,7 @@ class Setup:
     backend: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     cuda_graphs: bool = True
     threads: int | None = None
+    urgent: bool = False
 
 
 @dataclass
@@ -99,8 +104,9 @@ def load(setup: Setup, *, clocks: bool = True) -> Loaded:
     step("open bundle")
     with ExitStack() as stack:
         engines = open_engines(
-            bundle, setup.backend, threads=setup.threads or 1, cuda_graphs=setup.cuda_graphs, loaded=lambda n: step(f"load {n}")
-        )
+            bundle, setup.backend, threads=setup.threads or 1, cuda_graphs=setup.cuda_graphs, urgent=setup.urgent,
+            loaded=lambda name: step(f"load {name}"),
+        )  # fmt: skip
         stack.callback(engines.close)
         times = GraphTimes() if clocks else None
         llm = None

@@ -17,7 +17,7 @@ from keepsight.runtime.session import Standing
 from keepsight.runtime.tensorrt_engine import TensorRTEngine
 from keepsight.streams.errors import LLMError
 
-__all__ = ["components", "peak_resident", "process_use", "resident"]
+__all__ = ["components", "peak_resident", "process_use", "resident", "system_use"]
 
 
 def resident(process: Path = Path("/proc/self")) -> int:
@@ -40,6 +40,19 @@ def process_use(steady: Iterable[int], timeline: Iterable[Moment]) -> MemoryUse:
     readings = [found for found in steady if found]
     most = max([peak_resident(), *readings, *(moment.resident for moment in timeline)])
     return MemoryUse(component="process", steady=int(median(readings)) if readings else most, peak=most, basis="read")
+
+
+def system_use(available: Sequence[int]) -> list[MemoryUse]:
+    """What the whole system has taken since the first reading: on a board, what the GPU was given is in no process's count.
+
+    Args:
+        available: bytes that were, reading by reading, the first before anything was loaded.
+    """
+    if len(available) < 2:
+        return []
+    first, *later = available
+    steady = first - int(median(later[len(later) // 2 :]))
+    return [MemoryUse(component="system, GPU included", steady=max(steady, 0), peak=max(first - min(later), 0), basis="read")]
 
 
 def components(loaded: Loaded, standing: Sequence[Standing], *, ring_bytes: int) -> list[MemoryUse]:

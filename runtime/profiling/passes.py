@@ -59,6 +59,8 @@ def watch(
         began = perf_counter()
         for index in range(warmup + count):
             if index == warmup:
+                if run == 0 and warmup:
+                    into.phases.append(Phase(name="warm-up", ms=1000 * (perf_counter() - began)))
                 began, dropped = perf_counter(), source.dropped
             sample = _see_next(loaded, source, timing, run)
             if sample is None:

@@ -51,9 +51,9 @@ class Options:
     setup: Setup
     source: str | None = None
     questions: tuple[Put, ...] | None = None
-    frames: int = 100
+    frames: int = 60
     warmup: int | None = None
-    runs: int = 3
+    runs: int = 5
     contention: float | None = None
     idle_s: float = 3.0
     sensor_hz: float = 2.0
@@ -215,9 +215,17 @@ def _head(options: Options, loaded: Loaded, sensors: SensorReader) -> dict[str, 
         "backend": setup.backend,
         "memory_policy": setup.memory,
         "dims": {**manifest.dims.model_dump(mode="json"), "threads": setup.threads},
-        "language_model": None if loaded.llm is None else loaded.llm.path.name,
+        "language_model": _language_model(loaded),
         "machine": machine,
     }
+
+
+def _language_model(loaded: Loaded) -> str | None:
+    """The file's name, and what it was requantised to: a requantised file is called after its hash."""
+    info = loaded.bundle.manifest.llm
+    if info is None:
+        return None
+    return Path(info.file).name + (f" as {info.quantise}" if info.quantise else "")
 
 
 def _report(
@@ -230,7 +238,7 @@ def _report(
     *,
     shown: str,
 ) -> Profile:
-    from keepsight.runtime.profiling.memory import process_use
+    from keepsight.runtime.profiling.memory import process_use, system_use
     from keepsight.runtime.profiling.stages import stages_of
 
     def spans(of: Sequence[Span]) -> list[Span]:
@@ -254,16 +262,20 @@ def _report(
         cold_start=tuple(measured.phases),
         stages=(*stages_of(measured.frames, "frame"), *stages_of(measured.answers, "question")),
         questions=tuple(measured.questions),
-        memory=(process_use(measured.resident, sampler.moments), *measured.components),
+        memory=(
+            process_use(measured.resident, sampler.moments),
+            *(system_use(sampler.available) if options.setup.backend != "cpu" else ()),
+            *measured.components,
+        ),
         timeline=tuple(sampler.moments),
         energy=energy,
         layers=tuple(measured.layers),
         contention=measured.contention,
-        notes=tuple(_notes(measured, sampler.moments)),
+        notes=tuple(_notes(options, measured, sampler.moments)),
     )
 
 
-def _notes(measured: Measured, timeline: Sequence[Moment]) -> Iterator[str]:
+def _notes(options: Options, measured: Measured, timeline: Sequence[Moment]) -> Iterator[str]:
     if not measured.live:
         yield "A file is read as fast as it goes: its pictures wait for the session, and `wait` says how long."
     yield "Files were cached or not, as the cold start found them."
@@ -275,3 +287,5 @@ def _notes(measured: Measured, timeline: Sequence[Moment]) -> Iterator[str]:
         yield f"The machine was slowed down in {len(slow)} of {len(timeline)} readings: {causes}."
     if not measured.answers:
         yield "No question was answered."
+    if options.setup.urgent:
+        yield "The graphs ran on a stream that goes before the language model's."

@@ -27,7 +27,8 @@ class SensorReader(Protocol):
 
 
 class Sampler:
-    """Reads every so often from `start` to `stop`; `moments` has what it read, `t` in seconds since the start.
+    """Reads every so often from `start` to `stop`; `moments` has what it read, `t` in seconds since the start; `available`, the
+    bytes of memory that the whole system had left each time.
 
     Args:
         hz: readings a second.
@@ -37,6 +38,7 @@ class Sampler:
     def __init__(self, sensors: SensorReader, *, hz: float = 2.0, resident: Callable[[], int] | None = None) -> None:
         self._sensors, self._every_s, self._resident = sensors, 1 / hz, resident or resident_quickly
         self.moments: list[Moment] = []
+        self.available: list[int] = []
         self.began = perf_counter()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keepsight-sensors", daemon=True)
@@ -57,11 +59,17 @@ class Sampler:
     def _run(self) -> None:
         due = self.began
         while True:
-            self.moments.append(moment_of(self._sensors.read(), self.at(perf_counter()), self._resident()))
+            self._read()
             due = max(due + self._every_s, perf_counter())  # readings that are late are not made up for
             if self._stopped.wait(due - perf_counter()):
                 break
-        self.moments.append(moment_of(self._sensors.read(), self.at(perf_counter()), self._resident()))
+        self._read()
+
+    def _read(self) -> None:
+        reading = self._sensors.read()
+        self.moments.append(moment_of(reading, self.at(perf_counter()), self._resident()))
+        if reading.memory_available is not None:
+            self.available.append(reading.memory_available)
 
 
 def moment_of(reading: Reading, t: float, resident: int) -> Moment:

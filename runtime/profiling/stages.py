@@ -18,7 +18,7 @@ __all__ = ["Sample", "frame_sample", "question_sample", "stages_of"]
 # Graphs that do not run where their name says; `vision` and `step` are stages by themselves.
 _INSIDE = {"visual_kv": "memory", "memory": "memory", "prompt": "qformer", "answer": "qformer", "replay": "qformer"}
 _OWN_STAGE = ("vision", "step")
-_SHOWN = {"answer": "answer_graph"}  # `answer` is the whole of a question's path
+_SHOWN = {"answer": "answer_graph", "memory": "memory_graph"}  # those names are taken: by a whole, and by a link
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,8 @@ def frame_sample(
         links = {"decode": times.decode_ms, "scale": times.scale_ms, "copy": times.copy_ms, "wait": times.wait_ms}
     links |= {"vision": cost.vision_ms, "memory": cost.memory_ms, "step": cost.step_ms}
     parts = _parts(graphs)
-    inside_memory = [graphs[name] for name in ("visual_kv",) if name in graphs]
-    if inside_memory:
-        parts["bank"] = ("memory", cost.memory_ms - sum(inside_memory))
+    if "visual_kv" in graphs:
+        parts["bank"] = ("memory", cost.memory_ms - graphs["visual_kv"])
     beside = {} if age_ms is None else {"capture_age": age_ms}
     return Sample(run, 1000 * (remembered - entered), links, parts, beside)
 

@@ -73,6 +73,18 @@ static int stream_create(void **made, unsigned flags) {
     streams++;
     return OK;
 }
+static int priority = 1;
+int keepsight_priority(void) { return priority; }
+static int priority_range(int *least, int *greatest) {
+    if (!current) return INVALID_CONTEXT;
+    *least = 0; *greatest = -5;  /* lower numbers go first */
+    return OK;
+}
+static int stream_create_with_priority(void **made, unsigned flags, int wanted) {
+    if (wanted > 0 || wanted < -5) return INVALID_VALUE;
+    priority = wanted;
+    return stream_create(made, flags);
+}
 static int stream_destroy(void *which) { streams--; return which == &stream ? OK : INVALID_HANDLE; }
 static int stream_synchronize(void *which) {
     if (forbidden()) return CAPTURE_UNSUPPORTED;
@@ -166,6 +178,7 @@ static struct { const char *name; void *function; } functions[] = {
     {"cuInit", init}, {"cuDeviceGet", device_get}, {"cuDeviceGetName", device_name},
     {"cuDeviceGetAttribute", device_attribute}, {"cuDevicePrimaryCtxRetain", retain},
     {"cuDevicePrimaryCtxRelease", release}, {"cuCtxSetCurrent", set_current}, {"cuStreamCreate", stream_create},
+    {"cuStreamCreateWithPriority", stream_create_with_priority}, {"cuCtxGetStreamPriorityRange", priority_range},
     {"cuStreamDestroy", stream_destroy}, {"cuStreamSynchronize", stream_synchronize}, {"cuMemAlloc", allocate},
     {"cuMemFree", release_memory}, {"cuMemcpyHtoDAsync", to_device}, {"cuMemcpyDtoHAsync", to_host},
     {"cuMemcpyDtoDAsync", on_device}, {"cuStreamBeginCapture", begin_capture}, {"cuStreamEndCapture", end_capture},
