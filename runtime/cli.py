@@ -251,8 +251,10 @@ def run(
             with (
                 kept_each(sessions, uris, **keep) as logs,
                 beside_each(list(uris), preview, folders("--record", record, list(uris)), parse_bytes(record_bytes)) as branches,
+                governed(list(sessions.values()), governor, _tell) as at_work,
             ):
-                converse_with_cameras(sessions, uris, logs=logs, branches=branches)
+                status = None if at_work is None else at_work.status
+                converse_with_cameras(sessions, uris, logs=logs, branches=branches, status=status)
             for name, session in sessions.items():
                 _tell_gate(session, f"{name}: ")
         return

@@ -311,9 +311,9 @@ def _sensed(reading: Reading) -> Iterator[str]:
 
 @contextmanager
 def governed(
-    session: Session, spelling: str, tell: Callable[[str], None], sensors: SensorsLike | None = None
+    session: Session | Sequence[Session], spelling: str, tell: Callable[[str], None], sensors: SensorsLike | None = None
 ) -> Iterator[LiveGovernor | None]:
-    """A governor of a live session as the command line asks for it; None for `off`.
+    """A governor of live sessions as the command line asks for it; None for `off`.
 
     Raises:
         UsageError: steps that are misspelled.

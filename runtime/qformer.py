@@ -171,6 +171,7 @@ class QFormer:
         """
         other = copy.copy(self)
         other.bank, other._visual = visual_bank(self.dims, self._engines.more_memory(), policy=self.policy), {}
+        other.limit = self.dims.memory_length
         return other
 
     def prompt(self, text: str) -> Prompt:
