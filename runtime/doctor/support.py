@@ -63,8 +63,8 @@ _LINES: tuple[tuple[str, Support], ...] = (
         "32.",
         Support(
             "4", "10.2", ("8.2",), usable=False,
-            problem="its Python 3.6 and TensorRT 8.2 are older than what Keepsight needs (3.10 and 10.3), and its boards (Nano, TX2, "
-            "Xavier) get no JetPack that has them",
+            problem="its Python 3.6 and TensorRT 8.2 are older than what Keepsight needs (3.10 and 10.3), and its boards (Nano, "
+            "TX2, Xavier) get no JetPack that has them",
         ),
     ),
 )  # fmt: skip
