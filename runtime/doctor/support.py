@@ -59,6 +59,14 @@ _LINES: tuple[tuple[str, Support], ...] = (
             "JetPack 5 to 6: flash JetPack 6.2 with NVIDIA's SDK Manager",
         ),
     ),
+    (
+        "32.",
+        Support(
+            "4", "10.2", ("8.2",), usable=False,
+            problem="its Python 3.6 and TensorRT 8.2 are older than what Keepsight needs (3.10 and 10.3), and its boards (Nano, "
+            "TX2, Xavier) get no JetPack that has them",
+        ),
+    ),
 )  # fmt: skip
 
 

@@ -69,6 +69,7 @@ MEMINFO = "MemTotal: {total} kB\nMemAvailable: {free} kB\nCmaTotal: {cma} kB\nCm
 CASES = [
     Case("jetpack", "error", None, files={RELEASE: release(35, "4.1")}, found="too old"),
     Case("jetpack", "error", "s/r36.[23]/r36.4/", files={RELEASE: release(36, "3.0")}, found="JetPack 6.0"),
+    Case("jetpack", "error", None, files={RELEASE: release(32, "7.4")}, found="JetPack 4"),
     Case("jetpack", "warning", None, files={RELEASE: release(40, "1.0")}, found="not in Keepsight's table"),
     Case("jetpack", "warning", None, files={RELEASE: "!gone"}, found="without /etc/nv_tegra_release"),
     Case("python", "error", "-m venv", pc, changes={"python": (3, 13)}, found="3.13"),
