@@ -97,4 +97,4 @@ def _energy(reports: Sequence[Profile]) -> Energy | None:
 
 def _weighted(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
     known = [value for value in values if value is not None]
-    return fmean(known, weights) if len(known) == len(values) and sum(weights) else None
+    return fmean(known, weights) if len(known) == len(values) and any(weights) else None
