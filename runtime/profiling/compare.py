@@ -25,7 +25,7 @@ from keepsight.runtime.profiling.report import FRAME_STAGES, QUESTION_STAGES, Ch
 from keepsight.runtime.profiling.spread import Gap, gap, level, per_run
 from keepsight.streams.errors import RegressionError, UsageError
 
-__all__ = ["ALARMS", "FLOOR_MS", "UNSEEN", "Amount", "Change", "Comparison", "compare", "compare_command"]
+__all__ = ["ALARMS", "FLOOR_MS", "UNSEEN", "WAITING", "Amount", "Change", "Comparison", "compare", "compare_command"]
 
 ALARMS = 0.05
 """Of comparisons of equals, the share that may find any stage changed."""
@@ -37,6 +37,9 @@ UNSEEN = 0.03
 """Standard deviation allowed for between runs, of the logarithm, where both reports have a single one and can't tell. Runs of the
 shipped bundle on a virtual PC with two cores differed by 0.01 to 0.025.
 """
+
+WAITING = "wait"
+"""The stage in which nothing is done."""
 
 _MEMORY = {"read": 0.10, "counted": 0.01}
 _LEAST_BYTES = 8e6  # what a process' resident memory differs by from start to start
@@ -129,9 +132,16 @@ class Comparison:
 
     @property
     def slower(self) -> tuple[Change, ...]:
-        """What got slower: first the stage that adds most to its end-to-end time, then others, then the end-to-end times."""
+        """What got slower: first the stage that adds most to its end-to-end time, then others, then the end-to-end times.
+
+        Waiting comes after all other stages: a queue is longer because something after it is slower, and by more than that.
+        """
         parts = ("stage", "whole", "other")
-        return tuple(sorted((c for c in self.changes if c.verdict == "slower"), key=lambda c: (parts.index(c.part), -c.share)))
+
+        def rank(change: Change) -> tuple[int, bool, float]:
+            return parts.index(change.part), change.name == WAITING, -change.share
+
+        return tuple(sorted((c for c in self.changes if c.verdict == "slower"), key=rank))
 
     @property
     def bigger(self) -> tuple[Amount, ...]:
@@ -144,11 +154,13 @@ class Comparison:
         return self.slower[0] if self.slower else next(iter(self.bigger), None)
 
     def explained(self, change: Change) -> tuple[Change, float] | None:
-        """The end-to-end time that a stage is a link of, and the share of its increase that the stage explains."""
+        """The end-to-end time that a stage is a link of, and the share that it has of its increase, waiting apart."""
         whole = next((c for c in self.changes if (c.part, c.path) == ("whole", change.path)), None)
-        if whole is None or change.part != "stage" or whole.difference_ms <= 0:
+        if whole is None or change.part != "stage":
             return None
-        return whole, change.difference_ms / whole.difference_ms
+        waited = sum(c.difference_ms for c in self.changes if (c.name, c.path) == (WAITING, change.path) and c is not change)
+        increase = whole.difference_ms - waited
+        return (whole, change.difference_ms / increase) if increase > 0 else None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -222,9 +234,12 @@ def _alarm(found: Comparison) -> str:
     explained = found.explained(worst)
     links = [c for c in found.changes if (c.part, c.path) == ("stage", worst.path)]
     if worst.part == "whole" and links:
-        most = max(links, key=lambda c: c.difference_ms)
+        most = max(links, key=lambda c: (c.name != WAITING, c.difference_ms))
         return f"{worst.title} is slower ({size}), most of it in {most.title} ({most.difference_ms:+.4g} ms).{also}"
-    why = f" It is {explained[1]:.0%} of what {explained[0].name} takes longer." if explained is not None else ""
+    why = ""
+    if explained is not None:
+        apart = "" if worst.name == WAITING or not any(c.name == WAITING for c in links) else ", waiting apart"
+        why = f" It is {explained[1]:.0%} of what {explained[0].name} takes longer{apart}."
     return f"{worst.title} is slower ({size}).{why}{also}"
 
 
@@ -324,7 +339,7 @@ def _amounts(a: Profile, b: Profile) -> Iterator[Amount]:
             least = _LEAST_BYTES if use.basis == "read" else 0.0
             for name in ("steady", "peak"):
                 numbers = getattr(use, name), getattr(other, name)
-                yield Amount(f"{name} memory, {use.component}", "bytes", *numbers, _MEMORY[use.basis], least)
+                yield Amount(f"{use.component}, {name} memory", "bytes", *numbers, _MEMORY[use.basis], least)
     if a.energy is not None and b.energy is not None:
         for name, words in (("per_frame", "a frame"), ("per_answer", "an answer")):
             numbers = getattr(a.energy, name), getattr(b.energy, name)

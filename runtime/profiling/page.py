@@ -104,7 +104,7 @@ def _head(profile: Profile) -> str:
     facts = (
         *place(profile), ("bundle", f"{profile.bundle}, {kind}"), ("language model", language),
         ("source", f"{profile.source}, {profile.frames} frame{'' if profile.frames == 1 else 's'}{runs}"),
-        ("measured", profile.made_at.replace("T", " ").replace("Z", " UTC")),
+        ("measured", profile.made_at.replace("T", " ").replace("Z", " UTC").replace("+00:00", " UTC")),
     )  # fmt: skip
     listed = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts)
     notes = "".join(f"<li>{_text(note)}</li>" for note in profile.notes)

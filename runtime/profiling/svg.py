@@ -185,7 +185,7 @@ def lines(
     low, high = (0.0 if from_zero else min(values)), max(values)
     room = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
     low, high = (low if from_zero else low - room), high + room
-    across, up = Scale(x[0], max(x[-1], x[0] + 1e-3), left, width - 14), Scale(low, high, bottom, top)
+    across, up = Scale(min(0.0, x[0]), max(x[-1], x[0] + 1e-3), left, width - 14), Scale(low, high, bottom, top)
     found = []
     for start, end in shaded:
         wide = max(2.0, across(end) - across(start))

@@ -230,11 +230,14 @@ def _amount_table(found: Comparison) -> Table:
     for name in ("A", "B", "B / A"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for amount in found.amounts:
+    shown = [a for a in found.amounts if a.grew or a.unit != "bytes" or abs((a.ratio or 1.0) - 1) >= 0.005]
+    for amount in shown:
         same = Text("not judged", "dim") if amount.tolerance is None else Text("same")
         verdict = Text("bigger", "red") if amount.grew else same
         ratio = "" if amount.ratio is None else _ratio(amount.ratio)
         table.add_row(Text(amount.name), written(amount, amount.before), written(amount, amount.after), ratio, verdict)
+    if hidden := len(found.amounts) - len(shown):
+        table.caption, table.caption_justify = f"{hidden} figures of memory differ by less than 0.5 %", "left"
     return table
 
 

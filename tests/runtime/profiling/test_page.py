@@ -165,7 +165,7 @@ def test_all_text_is_escaped() -> None:
 
 
 def test_a_hundred_thousand_frames_and_hours_make_no_large_page() -> None:
-    made = Made(runs=1, frames=100_000, questions=20, sensors=True).profile()
+    made = Made(runs=1, frames=100_000, questions=20, sensors=True, frame_ms={"vision": 18.0, "memory": 1.4}).profile()
     moments = tuple(Moment(t=t / 2, resident=t, watts=5 + t % 7, celsius={"a": t % 50}) for t in range(20_000))
     layers = tuple(
         Layer(engine="vision", name=f"/blocks.{i}/layer with a long name " * 3, block=f"b{i // 9}", ms=0.1) for i in range(3000)

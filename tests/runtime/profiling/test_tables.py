@@ -89,3 +89,14 @@ def test_a_comparison_fits_into_80_columns(made: dict[str, Any]) -> None:
     text = capture.get()
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
     assert "slower" in text and "a.json" in text and "not judged" in text
+
+
+def test_a_comparison_shows_memory_that_changed_and_counts_the_rest() -> None:
+    a = Made(runs=2, frames=5).profile()
+    bank = a.memory[2].model_copy(update={"peak": 5_200_000})
+    console = Console(width=80, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        print_comparison(compare(a, a.model_copy(update={"memory": (*a.memory[:2], bank)})), console)
+    text = capture.get()
+    assert [line.split()[-1] for line in text.splitlines() if "memory bank, peak memory" in line] == ["bigger"]
+    assert "5 figures of memory differ by less" in text and "language model" not in text
