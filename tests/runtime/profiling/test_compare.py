@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keepsight.runtime.profiling.compare import FLOOR_MS, Amount, Change, Comparison, compare, compare_command
+from keepsight.runtime.profiling.compare import FLOOR_MS, Amount, Change, Comparison, _holm, compare, compare_command
 from keepsight.runtime.profiling.report import MemoryUse, Moment, Profile, Stage, Statistics, write_profile
 from keepsight.runtime.profiling.spread import gap, level, per_run
 from keepsight.runtime.profiling.student import t_quantile, t_tail
@@ -234,6 +234,14 @@ def test_holm_rejects_no_more_than_alone_and_no_less_than_bonferroni() -> None:
         reach = math.log(c.high / c.low) / 2 * t_quantile(0.05 / tested, 8) / t_quantile(0.025, 8)
         if math.log(c.ratio) - reach > math.log(1.05):
             assert c.verdict == "slower"
+
+
+def test_p_is_corrected_as_holm_does() -> None:
+    """The example of four tests at 0.01, 0.04, 0.03 and 0.005."""
+    one = change(compare(*pair(runs=2, frames=3)), "vision")
+    corrected = _holm([replace(one, p=p, verdict="unclear") for p in (0.01, 0.04, 0.03, 0.005)])
+    assert [c.p for c in corrected] == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert ["unclear" if c.verdict == "unclear" else "called" for c in corrected] == ["called", "unclear", "unclear", "called"]
 
 
 # Memory, energy and the rest
