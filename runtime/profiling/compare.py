@@ -35,7 +35,8 @@ FLOOR_MS = 0.01
 
 UNSEEN = 0.03
 """Standard deviation allowed for between runs, of the logarithm, where both reports have a single one and can't tell. Runs of the
-shipped bundle on a virtual PC with two cores differed by 0.01 to 0.025.
+shipped bundle on a virtual PC with two cores differed by 0.01 to 0.025 while little else ran on it, by 0.1 to 0.4 beside other
+work: under such load single runs tell nothing.
 """
 
 WAITING = "wait"

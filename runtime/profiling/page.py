@@ -31,8 +31,8 @@ _STYLE = """
 :root { color-scheme: light dark; --back: #fff; --on0: #fff; --text: #1a1a1a; --faint: #5d5d5d; --rule: #ddd; --panel: #f6f6f4;
   --c0: #0072b2; --c1: #e69f00; --c2: #009e73; --c3: #cc79a7; --c4: #d55e00; --c5: #56b4e9; --c6: #b8a800; --c7: #8a8a8a;
   --bad: #b00020; --good: #1b6e35; --shade: #d55e0033; }
-@media (prefers-color-scheme: dark) { :root { --back: #16181b; --on0: #111; --text: #e6e6e6; --faint: #a5a5a5; --rule: #3a3d42;
-  --panel: #1f2226; --c0: #4a9fd8; --c6: #f0e442; --bad: #ff8a8a; --good: #6fd08c; --shade: #d55e0055; } }
+@media (prefers-color-scheme: dark) { :root { --back: #16181b; --on0: #fff; --text: #e6e6e6; --faint: #a5a5a5; --rule: #3a3d42;
+  --panel: #1f2226; --c0: #2b7bba; --c6: #f0e442; --bad: #ff8a8a; --good: #6fd08c; --shade: #d55e0055; } }
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: var(--text);
   background: var(--back); overflow-wrap: anywhere; }
