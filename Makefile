@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-environment lint test results cost-check plan-check restart-test flatness memory-study int8-table av-alignment full-size fault-table soak frame-age stream-speed many-cameras side-cost clean
+.PHONY: help setup demo test-environment lint test results cost-check plan-check restart-test flatness memory-study int8-table av-alignment full-size fault-table soak frame-age stream-speed many-cameras side-cost profile-checks clean
 
 # Settings of this machine that should outlast one command, as `export NAME := value`; not under version control.
 -include local.mk
@@ -30,6 +30,8 @@ help:
 	@echo "make stream-speed frames/s out of H.264 files of 720p and 1080p, copies of each frame, what reusing their memory saves (about 2 minutes)"
 	@echo "make many-cameras eight RTSP cameras and one consumer: rates, ages, drops, fairness; one camera hangs, one is killed (about 2 minutes)"
 	@echo "make side-cost what a preview and a recording cost beside a live 720p30 camera (about 2 minutes)"
+
+	@echo "make profile-checks  do a profile's stages add up, what does profiling cost, do comparisons find what changed (about 20 minutes)"
 	@echo "make av-alignment measure how far apart sound and pictures of the same moment come out of files of 10 minutes (about 2 minutes)"
 	@echo "make cost-check compare the multiply-adds that exports count with onnx-tool's (half a minute)"
 	@echo "make full-size export models of full size with random weights (30 GB of disk, 16 GB of memory, about 45 minutes)"
@@ -95,6 +97,9 @@ many-cameras: test-environment
 
 side-cost: test-environment
 	@.venv/bin/python scripts/side-cost $(ARGS)
+
+profile-checks: test-environment
+	@.venv/bin/python scripts/profile-checks $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

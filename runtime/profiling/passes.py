@@ -25,10 +25,18 @@ Asked = str | Standing
 
 
 def start_cold(loaded: Loaded, address: str) -> list[Phase]:
-    """The first frame, from opening the source until it is remembered, and the first answer; both are then forgotten."""
+    """The first frame, from opening the source until it is remembered, and the first answer; both are then forgotten.
+
+    Raises:
+        UsageError: there is no frame.
+        KeepsightError: what the source raises.
+    """
     session, began = loaded.session, perf_counter()
     with loaded.bundle.source(address) as source:
-        session.see(next(source))
+        frame = next(source, None)
+        if frame is None:
+            raise UsageError(f"{source!r} has no frame to profile.", fix="Give a source that has pictures.")
+        session.see(frame)
     phases = [Phase(name="first frame", ms=1000 * (perf_counter() - began))]
     if loaded.llm is not None:
         began = perf_counter()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from keepsight.streams import Source
-from keepsight.streams.timing import PictureTimes, PipelineTiming
+from keepsight.streams.timing import _KEPT, PictureTimes, PipelineTiming, _Moments
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +114,20 @@ def test_without_timing_the_pipeline_has_nothing_of_it(reordered: Path) -> None:
     with Source(reordered, size=(64, 48), timing=PipelineTiming()) as source:
         next(source)
         assert source._reader._sink.get_property("emit-signals")  # type: ignore[union-attr]
+
+
+def test_of_a_decoder_within_a_decoder_the_outer_ones_moment_counts() -> None:
+    moments = _Moments()
+    moments.note(40, first=True)
+    outer = moments.of(40)
+    moments.note(40, first=True)  # the inner one gets it later
+    assert outer is not None and moments.of(40) == outer
+    moments.note(40)
+    assert moments.of(40) > outer  # type: ignore[operator]
+
+
+def test_the_oldest_moments_are_forgotten() -> None:
+    moments = _Moments()
+    for pts in range(_KEPT + 3):
+        moments.note(pts)
+    assert [moments.of(pts) is None for pts in (0, 2, 3, _KEPT + 2)] == [True, True, False, False]

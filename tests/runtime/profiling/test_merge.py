@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from keepsight.runtime.cli import app
 from keepsight.runtime.profiling.merge import merge
-from keepsight.runtime.profiling.report import MemoryUse, Profile, Statistics, read_profile, write_profile
+from keepsight.runtime.profiling.report import Energy, MemoryUse, Profile, Statistics, read_profile, write_profile
 from keepsight.runtime.profiling.spread import per_run
 from keepsight.streams.errors import UsageError
 
@@ -18,7 +18,7 @@ from .made_reports import Made
 
 @pytest.fixture(scope="module")
 def reports() -> list[Profile]:
-    return [Made(seed=seed).profile() for seed in range(3)]
+    return [Made(seed=seed, sensors=True).profile() for seed in range(3)]
 
 
 def test_samples_follow_each_other_and_every_run_is_told_apart(reports: list[Profile]) -> None:
@@ -47,13 +47,16 @@ def test_the_frame_rate_is_that_of_all_the_time_and_memory_the_median_and_the_mo
 
 
 def test_energy_is_a_mean_by_frames_and_none_unless_all_have_it(reports: list[Profile]) -> None:
-    assert reports[0].energy is not None
+    energy = Energy(
+        meter="VDD_IN", idle_watts=4.0, per_frame=0.1, per_answer=2.0, marginal_per_frame=0.1, marginal_per_answer=None
+    )
     changed = [
-        report.model_copy(update={"frames": frames, "energy": reports[0].energy.model_copy(update={"per_frame": joules})})
+        report.model_copy(update={"frames": frames, "energy": energy.model_copy(update={"per_frame": joules})})
         for report, frames, joules in zip(reports, (10, 30, 60), (1.0, 2.0, 3.0), strict=True)
     ]
     merged = merge(changed).energy
     assert merged is not None and merged.per_frame == pytest.approx((10 + 60 + 180) / 100)
+    assert merged.per_answer == pytest.approx(2.0) and merged.marginal_per_answer is None
     assert merge([*changed, reports[0].model_copy(update={"energy": None})]).energy is None
 
 

@@ -191,6 +191,12 @@ def test_a_source_that_ends_too_early_is_an_error(bare: Path, clip: Path) -> Non
         profile(Options(Setup(str(bare)), str(clip), frames=0))
 
 
+def test_a_source_without_any_frame_is_an_error(bare: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "none.npy", np.zeros((0, 24, 24, 3), np.uint8))
+    with pytest.raises(KeepsightError, match="frame"):
+        profile(Options(Setup(str(bare), threads=1), str(tmp_path / "none.npy")))
+
+
 def test_contention_needs_a_language_model(bare: Path, clip: Path) -> None:
     with pytest.raises(UsageError, match="no language model to compete with"):
         profile(Options(Setup(str(bare), threads=1), str(clip), frames=1, warmup=0, runs=1, contention=0.1))
