@@ -29,6 +29,7 @@ help:
 	@echo "make frame-age how old live 720p30 frames are in a fast and in slow readers' hands (about 2 minutes)"
 	@echo "make av-alignment measure how far apart sound and pictures of the same moment come out of files of 10 minutes (about 2 minutes)"
 	@echo "make cost-check compare the multiply-adds that exports count with onnx-tool's (half a minute)"
+	@echo "make plan-check predict what graphs of eight random models take on this machine, and time them (about 5 minutes)"
 	@echo "make full-size export models of full size with random weights (30 GB of disk, 16 GB of memory, about 45 minutes)"
 	@echo "make clean   remove .venv and everything built (not the cache of llama.cpp wheels)"
 	@echo
@@ -83,6 +84,9 @@ frame-age: test-environment
 cost-check: test-environment
 	@.venv/bin/python -c "import onnx_tool" 2>/dev/null || .venv/bin/python -m pip install --no-deps onnx-tool tabulate
 	@.venv/bin/python scripts/cost-check
+
+plan-check: test-environment
+	@.venv/bin/python scripts/plan-check $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
