@@ -190,7 +190,7 @@ def make_plan(model: PlannedModel, target: Target, request: Request, *, advise: 
             work = cost if isinstance(target, BoardTarget) else host_memory_cost(model.dims)
             stages[name] = target.graph(name, "memory", work, "fp32")
         else:
-            stages[name] = target.graph(name, "qformer", cost, qformer)
+            stages[name] = target.graph(name, "memory" if name == "visual_kv" else "qformer", cost, qformer)
     shared = [stages["vision"], stages["visual_kv"], stages[MEMORY]]
     frame = total("frame", shared + request.standing * [stages["step"]])
     first = replay = token = None

@@ -26,7 +26,7 @@ PRODUCTS = tuple(
     Product.parse(shape)
     for shape in (
         # By weights: rows of a frame, of a question and of many, by widths of small and of full models.
-        "8x128x512 w", "32x768x768 w", "32x768x3072 w", "32x3072x768 w", "64x384x384 w", "64x256x1024 w", "200x128x128 w",
+        "8x160x480 w", "32x768x768 w", "32x768x3072 w", "32x3072x768 w", "64x384x384 w", "64x256x1024 w", "200x128x128 w",
         "200x768x768 w", "257x384x1536 w", "257x1024x256 w", "257x1408x768 w", "640x192x768 w", "640x768x192 w", "900x256x256 w",
         # Of two activations: scores and what is read by them.
         "12*200x64x200", "12*200x200x64", "12*32x64x2000", "12*32x2000x64", "4*48x32x400", "4*48x400x32", "48*24x32x500",
@@ -37,8 +37,8 @@ PRODUCTS = tuple(
 
 CONVOLUTIONS = (
     # (channels, filters, kernel, stride, groups, pixels a side): patches, one pixel at a time, channel by channel.
-    (3, 384, 16, 16, 1, 224), (3, 192, 14, 14, 1, 224), (3, 32, 3, 2, 1, 224), (24, 144, 1, 1, 1, 56), (192, 32, 1, 1, 1, 28),
-    (320, 640, 1, 1, 1, 7), (96, 96, 3, 1, 96, 56), (160, 160, 5, 1, 160, 28), (480, 480, 3, 1, 480, 14),
+    (3, 384, 16, 16, 1, 224), (3, 200, 14, 14, 1, 224), (3, 40, 3, 2, 1, 200), (20, 120, 1, 1, 1, 56), (192, 32, 1, 1, 1, 28),
+    (300, 640, 1, 1, 1, 7), (88, 88, 3, 1, 88, 56), (160, 160, 5, 1, 160, 28), (440, 440, 3, 1, 440, 14),
 )  # fmt: skip
 WORK_VALUES: Mapping[Work, tuple[int, ...]] = {
     "map": (200, 768), "gelu": (200, 1536), "softmax": (12, 200, 200), "norm": (200, 768), "reduce": (200, 768),
