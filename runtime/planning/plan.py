@@ -254,7 +254,10 @@ def _notes(model: PlannedModel, target: Target, vision: Precision, footprint: Fo
         yield f"the bundle has no variant {vision} yet: {how} makes one"
     if not isinstance(target, BoardTarget) or footprint is None:
         return
-    board = target.hardware.board
+    board, mode = target.hardware.board, target.hardware.mode
+    usual = next((one.name for one in modes(board.name) if one.default), mode.name)
+    if mode.name != usual and mode.number is not None:
+        yield f"the board comes in mode {usual}; sudo nvpmodel -m {mode.number} sets {mode.name}"
     ceiling = board.largest_allocation_bytes
     if ceiling is not None:
         for part in footprint.parts:

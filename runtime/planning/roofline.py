@@ -24,7 +24,7 @@ StageKind = Literal["vision", "memory", "qformer", "prefill", "decode"]
 _FUSED = 0.36  # of the exported graph's operators, those that are kernels of their own: ten of a ViT's block of 28
 _UNMEASURED = 2.0  # an error bar to this power where only other graphs have been measured
 _LAUNCH_BAR = 2.0  # of a stage that is mostly launches: their time is known to a factor
-_EIGHT_BITS = 1.5  # likewise for a visual encoder in 8 bits: the factors are from FP16
+_OTHER_PRECISION = 1.5  # likewise for a visual encoder in another precision than FP16, which the factors are from
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class BoardTarget:
         bar = self.vision.bar if compute > bandwidth else self.bandwidth.bar
         if kind != "vision":
             bar **= _UNMEASURED
-        elif precision in ("int8", "fp8"):
-            bar **= _EIGHT_BITS
+        elif precision != "fp16" and compute > bandwidth:
+            bar **= _OTHER_PRECISION
         launches = LAUNCH_S * max(1, round(_FUSED * cost.kernels))
         return self._stage(name, kind, compute, bandwidth, launches, bar, cost.flops, moved)
 

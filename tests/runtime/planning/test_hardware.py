@@ -58,6 +58,11 @@ def test_every_board_has_modes_with_a_source_and_one_default() -> None:
         assert len(set(names)) == len(names)
 
 
+def test_float32_runs_on_the_cuda_cores_because_engines_are_built_without_tf32() -> None:
+    assert hardware("agx-orin-64gb").peak("fp32") == pytest.approx(2048 * 2 * 1.3e9, rel=0.01)  # 2,048 cores at 1,300 MHz
+    assert hardware("agx-thor").peak("fp32") == pytest.approx(2560 * 2 * 1.575e9, rel=0.01)
+
+
 def test_int8_is_twice_float16_and_an_orin_has_no_fp8() -> None:
     orin = hardware("agx-orin-64gb")
     assert orin.peak("int8") == 2 * orin.peak("fp16")

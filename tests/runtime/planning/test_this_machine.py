@@ -53,6 +53,13 @@ def test_a_processors_rates_are_found_again() -> None:
     assert found.bar == pytest.approx(1.25)  # the least: the fit is exact
 
 
+def test_a_product_takes_time_for_arithmetic_for_each_matrix_and_for_each_of_its_batch() -> None:
+    machine = ThisMachine(RATES, "known")
+    mkn, mk, kn, mn, each = RATES.products["activations"]
+    wanted = 7 * 3 * (4 * 5 * 6 * mkn + 4 * 5 * mk + 5 * 6 * kn + 4 * 6 * mn + each)
+    assert machine.product_seconds(Product.parse("3*4x5x6", 7)) == pytest.approx(wanted)
+
+
 def test_a_stage_is_the_sum_of_its_products_its_other_work_and_its_calls() -> None:
     cost = cost_of(Bundle.open("tiny").manifest, "step", 32)
     machine = ThisMachine(RATES, "known")
