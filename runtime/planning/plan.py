@@ -24,7 +24,7 @@ from keepsight.runtime.gguf_cache import QUANTISATIONS
 from keepsight.runtime.planning.costs import Precision
 from keepsight.runtime.planning.hardware import hardware, modes
 from keepsight.runtime.planning.models import PlannedModel
-from keepsight.runtime.planning.roofline import BoardTarget, Limit, Stage, Target, total
+from keepsight.runtime.planning.roofline import BoardTarget, Limit, Stage, Target, is_convolutional, total
 from keepsight.runtime.planning.shapes import host_memory_cost
 from keepsight.streams.errors import UsageError
 
@@ -254,6 +254,8 @@ def _notes(model: PlannedModel, target: Target, vision: Precision, footprint: Fo
         yield f"the bundle has no variant {vision} yet: {how} makes one"
     if not isinstance(target, BoardTarget) or footprint is None:
         return
+    if is_convolutional(model.vision):
+        yield "what a visual encoder reaches of a board's peak is known of transformers, and this one is made of convolutions"
     board, mode = target.hardware.board, target.hardware.mode
     usual = next((one.name for one in modes(board.name) if one.default), mode.name)
     if mode.name != usual and mode.number is not None:
@@ -280,9 +282,9 @@ def _mode_effects(model: PlannedModel, target: Target, request: Request) -> Iter
 
 
 def _suggestions(plan: Plan, model: PlannedModel, target: Target, request: Request) -> Iterator[Suggestion]:
-    """Changes to what binds, each planned again; those that gain nothing are left out, the best come first."""
-    found = [*_memory_changes(plan, model, target, request), *_speed_changes(plan, model, target, request)]
-    yield from sorted(found, key=lambda one: -one.times)
+    """Changes to what binds, each planned again: to fit comes first, then what gains most; what gains nothing is left out."""
+    yield from _memory_changes(plan, model, target, request)
+    yield from sorted(_speed_changes(plan, model, target, request), key=lambda one: -one.times)
 
 
 def _memory_changes(plan: Plan, model: PlannedModel, target: Target, request: Request) -> Iterator[Suggestion]:

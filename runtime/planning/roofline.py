@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from keepsight.runtime.manifest import Cost
-from keepsight.runtime.planning.costs import Precision, fused_bytes
+from keepsight.runtime.planning.costs import Precision, fused_bytes, products
 from keepsight.runtime.planning.efficiency import KERNELS_A_LAYER, LAUNCH_S, Factor, bandwidth_factor, factor
 from keepsight.runtime.planning.hardware import Hardware, hardware
 from keepsight.runtime.planning.language import LanguageWork
 
-__all__ = ["BoardTarget", "Limit", "Stage", "StageKind", "Target", "total"]
+__all__ = ["BoardTarget", "Limit", "Stage", "StageKind", "Target", "is_convolutional", "total"]
 
 Limit = Literal["compute", "bandwidth", "launches", "memory"]
 StageKind = Literal["vision", "memory", "qformer", "prefill", "decode"]
@@ -88,6 +88,11 @@ def total(name: str, stages: list[Stage]) -> Stage:
     return Stage(name, ms, bar, longest.limit, sum(s.flops for s in stages), sum(s.bytes for s in stages))
 
 
+def is_convolutional(cost: Cost) -> bool:
+    """Whether convolutions are most of a graph's work: no figure of such an encoder is among those of `efficiency.py`."""
+    return 2 * sum(product.flops for product in products(cost) if product.convolution) > cost.flops
+
+
 @dataclass(frozen=True)
 class BoardTarget:
     """A Jetson: graphs as TensorRT engines, the language model in llama.cpp with all its layers on the GPU.
@@ -134,7 +139,7 @@ class BoardTarget:
         compute = cost.flops / (self.hardware.peak(precision) * self.vision.value)
         bandwidth = moved / (self.hardware.bandwidth * self.bandwidth.value)
         bar = self.vision.bar if compute > bandwidth else self.bandwidth.bar
-        if kind != "vision":
+        if kind != "vision" or is_convolutional(cost):
             bar **= _UNMEASURED
         elif precision != "fp16" and compute > bandwidth:
             bar **= _OTHER_PRECISION
