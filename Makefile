@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-environment lint test results cost-check plan-check restart-test flatness memory-study int8-table av-alignment full-size fault-table soak frame-age stream-speed many-cameras side-cost profile-checks clean
+.PHONY: help setup demo test-environment lint test results cost-check plan-check plan-published restart-test flatness memory-study int8-table av-alignment full-size fault-table soak frame-age stream-speed many-cameras side-cost profile-checks clean
 
 # Settings of this machine that should outlast one command, as `export NAME := value`; not under version control.
 -include local.mk
@@ -34,6 +34,8 @@ help:
 	@echo "make profile-checks  do a profile's stages add up, what does profiling cost, do comparisons find what changed (about 20 minutes)"
 	@echo "make av-alignment measure how far apart sound and pictures of the same moment come out of files of 10 minutes (about 2 minutes)"
 	@echo "make cost-check compare the multiply-adds that exports count with onnx-tool's (half a minute)"
+	@echo "make plan-published  published Jetson figures beside what the planner predicts for them, to docs/plan-published.md (some seconds)"
+	@echo "make plan-check predict what graphs of eight random models take on this machine, and time them (about 5 minutes)"
 	@echo "make full-size export models of full size with random weights (30 GB of disk, 16 GB of memory, about 45 minutes)"
 	@echo "make clean   remove .venv and everything built (not the cache of llama.cpp wheels)"
 	@echo
@@ -88,6 +90,12 @@ frame-age: test-environment
 cost-check: test-environment
 	@.venv/bin/python -c "import onnx_tool" 2>/dev/null || .venv/bin/python -m pip install --no-deps onnx-tool tabulate
 	@.venv/bin/python scripts/cost-check
+
+plan-published: test-environment
+	@.venv/bin/python scripts/plan-published
+
+plan-check: test-environment
+	@.venv/bin/python scripts/plan-check $(ARGS)
 
 stream-speed: test-environment
 	@.venv/bin/python scripts/stream-speed $(ARGS)

@@ -90,6 +90,7 @@ def _count(model: ModelProto, name: str, axes: Mapping[str, int], text: int) -> 
         other_values=dict(sorted(tally.other_values.items())),
         inputs_outputs=sum(prod(graph.shapes[value.name]) for value in (*model.graph.input, *model.graph.output)),
         kernels=tally.kernels,
+        views=graph.views(),
         products=dict(sorted(tally.products.items())),
     )
 
@@ -123,6 +124,7 @@ class _Graph:
         self._types: dict[str, TypeProto] = {}
         self._values: dict[str, NDArray[Any]] = {}
         self.constant: set[str] = {""}
+        self._weights = {tensor.name for tensor in model.graph.initializer}
         self.shapes: dict[str, Shape] = {}
         self._read_initializers(model)
         self._bind_inputs(model, axes)
@@ -142,6 +144,20 @@ class _Graph:
             if node.op_type not in _FREE and node.output[0] not in self.constant and node.output[0] not in self._in_gelu
         ]  # fmt: skip
 
+    def views(self) -> int:
+        """How many nodes are views, or find the size that a free axis makes."""
+        given: set[str] = {value for node in self.nodes if node.op_type == "Constant" for value in node.output}
+        given |= self._weights
+        count = 0
+        for node in self.nodes:
+            if node.op_type == "Constant":
+                continue
+            if set(node.input) <= given | {""}:
+                given |= set(node.output)
+            elif node.op_type in _FREE or node.output[0] in self.constant:
+                count += 1
+        return count
+
     def size(self, name: str) -> int:
         return prod(self.shapes[name])
 
@@ -159,9 +175,8 @@ class _Graph:
                 self._values[tensor.name] = numpy_helper.to_array(tensor)
 
     def _bind_inputs(self, model: ModelProto, axes: Mapping[str, int]) -> None:
-        weights = {tensor.name for tensor in model.graph.initializer}
         for value in model.graph.input:
-            if value.name in weights:
+            if value.name in self._weights:
                 continue
             kind = value.type.tensor_type
             shape = [axis.dim_value if axis.HasField("dim_value") else axes[axis.dim_param] for axis in kind.shape.dim]

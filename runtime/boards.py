@@ -41,6 +41,7 @@ class Board(_Data):
         os_bytes: what the operating system with its desktop keeps of that.
         bandwidth_gb_s: of the memory, at the highest power mode.
         dense_fp16_tflops: of the GPU, at the highest power mode; None where nobody gave a figure.
+        largest_allocation_bytes: what one allocation of the GPU has been seen to be refused above; None where nobody has looked.
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]+$")]
@@ -50,6 +51,7 @@ class Board(_Data):
     bandwidth_gb_s: Constant
     compute_capability: Constant
     dense_fp16_tflops: Constant | None
+    largest_allocation_bytes: Constant | None = None
 
     @property
     def usable_bytes(self) -> int:

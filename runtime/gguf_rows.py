@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from keepsight.streams.errors import LLMError, MissingModelError
 
-__all__ = ["GGUFMatrix", "find_matrix", "matrix_shapes"]
+__all__ = ["GGUFMatrix", "find_matrix", "matrix_bytes", "matrix_shapes"]
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -76,6 +76,20 @@ def matrix_shapes(path: Path) -> dict[str, tuple[int, int]]:
         MissingModelError, LLMError: as `find_matrix`.
     """
     return {name: (matrix.rows, matrix.width) for name, matrix in _matrices(path).items()}
+
+
+def matrix_bytes(path: Path) -> dict[str, int]:
+    """Bytes of every matrix in a GGUF file, by name.
+
+    Raises:
+        MissingModelError, LLMError: as `find_matrix`.
+    """
+    from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
+
+    return {
+        name: prod(quant_shape_to_byte_shape((matrix.rows, matrix.width), GGMLQuantizationType(matrix.ggml_type)))
+        for name, matrix in _matrices(path).items()
+    }
 
 
 def _matrices(path: Path) -> dict[str, GGUFMatrix]:

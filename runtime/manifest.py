@@ -275,6 +275,7 @@ class Cost(_Part):
         other_values: read and written by what is no product, by its kind.
         inputs_outputs: values of the graph's inputs and outputs.
         kernels: operators that do something at run time.
+        views: operators that only find sizes, or look at tensors otherwise: ONNX Runtime runs them, TensorRT has no need to.
         products: how many of each shape.
     """
 
@@ -285,6 +286,7 @@ class Cost(_Part):
     other_values: dict[Work, Annotated[int, Field(ge=0)]]
     inputs_outputs: Annotated[int, Field(ge=0)]
     kernels: Annotated[int, Field(ge=0)]
+    views: Annotated[int, Field(ge=0)] = 0
     products: dict[Annotated[str, StringConstraints(pattern=PRODUCT)], Size]
 
 

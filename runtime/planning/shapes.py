@@ -13,7 +13,7 @@ from keepsight.runtime.device_bank import MEMORY
 from keepsight.runtime.manifest import Cost, Dims, Work
 from keepsight.runtime.planning.costs import Product
 
-__all__ = ["QFormerShape", "VisionShape", "memory_cost", "qformer_costs", "vision_cost"]
+__all__ = ["QFormerShape", "VisionShape", "host_memory_cost", "memory_cost", "qformer_costs", "vision_cost"]
 
 _CHANNELS = 3
 _FLOPS: dict[Work, int] = {"map": 1, "gelu": 8, "softmax": 5, "norm": 7, "reduce": 1, "move": 0}
@@ -84,6 +84,15 @@ def memory_cost(dims: Dims) -> Cost:
     work.other("move", 18 * rows, 40)
     work.other("reduce", 10 * dims.tokens * dims.channels, 26)
     return work.cost(inputs_outputs=2 * bank + rows)
+
+
+def host_memory_cost(dims: Dims) -> Cost:
+    """The same on the host (`runtime/memory.py: MemoryBank`): of each token the new row and the rows of one merge."""
+    work, rows = _Work(), dims.tokens * (dims.channels + 2 * len(dims.cross_layers) * dims.hidden)
+    work.other("move", 6 * rows, 10)  # the new row, and three that a merge reads or writes
+    work.other("map", 4 * rows, 10)
+    work.other("reduce", 6 * dims.tokens * dims.channels, 6)  # three cosines, in double precision
+    return work.cost(inputs_outputs=2 * rows)
 
 
 def qformer_costs(shape: QFormerShape, text: int) -> dict[str, Cost]:
