@@ -280,7 +280,8 @@ class LiveGovernor:
         now, models = 0, zip(self._knobs.models, self._knobs.full_ctx, strict=True)
         full = sum(model.position_bytes * (positions - model.n_ctx) for model, positions in models)
         for session in self.sessions:
-            for bank in (session.qformer.bank, *(one.carried.bank for one in session.standing)):
+            visual = [session.qformer.bank] if session.qformer.bank_on == "host" else []  # a device's is all there from the start
+            for bank in (*visual, *(one.carried.bank for one in session.standing)):
                 by_slot = bank.nbytes // bank.slots
                 full += by_slot * (bank.slots - bank.used)
                 now += by_slot * max(0, min(session.qformer.limit + 1, bank.slots) - bank.used)
@@ -311,9 +312,9 @@ def _sensed(reading: Reading) -> Iterator[str]:
 
 @contextmanager
 def governed(
-    session: Session, spelling: str, tell: Callable[[str], None], sensors: SensorsLike | None = None
+    sessions: Session | Sequence[Session], spelling: str, tell: Callable[[str], None], sensors: SensorsLike | None = None
 ) -> Iterator[LiveGovernor | None]:
-    """A governor of a live session as the command line asks for it; None for `off`.
+    """A governor of live sessions as the command line asks for it; None for `off`.
 
     Raises:
         UsageError: steps that are misspelled.
@@ -326,7 +327,7 @@ def governed(
         from keepsight.runtime.sensors import Sensors
 
         sensors = Sensors()
-    governor = LiveGovernor(session, steps, sensors, tell=tell)
+    governor = LiveGovernor(sessions, steps, sensors, tell=tell)
     governor.start()
     try:
         yield governor

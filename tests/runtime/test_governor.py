@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -93,6 +94,7 @@ def test_what_trembles_around_a_limit_moves_nothing() -> None:
     assert set(run(governor, clock, [over, near] * 100)) == {0}  # never long enough
     assert run(governor, clock, [over] * 4)[-1] == 1
     assert set(run(governor, clock, [near] * 500)) == {1}  # never calm
+    assert set(run(governor, clock, ([Pressure()] * 25 + [near]) * 4)) == {1}  # never calm for long enough
     assert run(governor, clock, [Pressure()] * 31)[-1] == 0
 
 
@@ -259,6 +261,7 @@ CPU = Load(cores=4, threads=4, full_threads=4)
         (Reading(0.0), replace(CPU, others=0.1), {}, {}),
         (Reading(0.0), replace(CPU, others=2.0, threads=2), {}, {"cpu": "wants 2"}),  # would be over again at full
         (Reading(0.0), replace(CPU, others=4.0, threads=1), {}, {"cpu": "wants 1"}),  # none waits for another
+        (Reading(0.0), replace(CPU, others=0.0, threads=9, full_threads=9), {}, {}),  # as its user wants it
         (Reading(0.0), replace(CPU, others=4.0, threads=0, full_threads=0), {}, {}),  # no language model
     ],
 )  # fmt: skip
@@ -491,7 +494,18 @@ QUICK = Limits(degrade_after_s=0.2, dwell_s=0.1, recover_after_s=0.6, patience=1
                late_over=99, late_near=99, age_s=99, prefill_over=1e9)  # fmt: skip
 
 
-def until(condition: object, seconds: float = 20.0) -> None:
+@dataclass
+class Hogs:
+    """What keeps cores busy."""
+
+    busy: float
+    cores: int = 2
+
+    def others(self) -> float:
+        return self.busy
+
+
+def until(condition: object, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end, "it did not happen"
@@ -510,7 +524,7 @@ def test_a_live_session_gets_hot_and_full_and_recovers(tiny: Session) -> None:
     ):
         times: list[float] = []
         tiny.observe(lambda _, frame: times.append(frame.time_s))
-        watcher.wait(14, 20)
+        watcher.wait(14, 60)
         assert tiny.ask(standing).result.degraded == () and governor.metrics()["level"] == 0
 
         script.readings = [HOT]
@@ -531,7 +545,7 @@ def test_a_live_session_gets_hot_and_full_and_recovers(tiny: Session) -> None:
         until(lambda: tiny.degraded == ())
         cool_from = len(times)
         until(lambda: tiny.qformer.bank.used > 6 and len(times) > cool_from + 8)
-        assert np.median(np.diff(times[cool_from + 1 :])) < 0.5
+        assert np.median(np.diff(times[cool_from + 1 :])) < 0.9
         assert tiny.llm.n_ctx == 2048
         assert tiny.ask("what color is the shape?").result.degraded == ()
         metrics = governor.metrics()
@@ -550,6 +564,21 @@ def test_an_encoder_that_is_late_remembers_less_often_and_stays_so(session: Sess
         assert {cause for _, cause, _ in governor.governor.on} == {"backlog"}
         until(lambda: governor.governor.since_s > 3 * limits.recover_after_s)
         assert governor.governor.level == 2  # a frame would not fit into half the time
+
+
+def test_processes_that_take_the_cores_leave_one_thread_to_the_language_model(tiny: Session) -> None:
+    see(tiny, [0.0])
+    clock = Clock()
+    governor = LiveGovernor(tiny, parse_steps("threads=1"), Script([HEALTHY]), clock=clock)
+    text = tiny.ask("what color is the shape?").result.text
+    for hogs, seconds, wanted in ((0.0, 10, 2), (2.0, 10, 1), (0.5, 200, 1), (0.0, 40, 2)):
+        governor._cores = Hogs(hogs)  # type: ignore[assignment]
+        for _ in range(seconds):
+            clock.now += 1
+            governor.look()
+        assert tiny.llm.n_threads == wanted
+        assert tiny.ask("what color is the shape?").result.text == text
+    assert governor.metrics()["degraded"]["cpu"] == governor.metrics()["recovered"] == 1
 
 
 def test_a_governor_that_closes_turns_all_to_full(session: Session) -> None:
@@ -571,7 +600,7 @@ def keepsight(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[s
 def test_run_shows_its_status() -> None:
     result = keepsight("run", "test://ball", "--threads", "1", stdin="/status\nwhat color is the shape?\n")
     assert result.returncode == 0, result.stderr
-    assert "level 0 of " in result.stderr and "without threads" not in result.stderr
+    assert re.search(r"level \d of \d, for \d+ s", result.stderr) and "without threads" not in result.stderr
     assert "GB available" in result.stderr
     assert result.stdout.strip()
     result = keepsight("run", "test://ball", "--threads", "1", "--governor", "off", stdin="/status\n")
