@@ -124,6 +124,11 @@ class AnswerStream(Iterator[str]):
         return next(self._generation)
 
     @property
+    def written(self) -> Written:
+        """What the language model says of it, once `result` has been read."""
+        return self._generation.result
+
+    @property
     def result(self) -> Answer:
         """The finished answer; what has not been read yet is generated first."""
         if self._result is None:

@@ -12,7 +12,7 @@ import logging
 import os
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ except (ImportError, OSError, RuntimeError) as error:
         fix="Install it with `pip install --force-reinstall llama-cpp-python==0.3.36`.",
     ) from error
 
-__all__ = ["C", "Llama", "last_complaint", "physical_cores"]
+__all__ = ["C", "Llama", "Perf", "last_complaint", "physical_cores"]
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
@@ -69,6 +69,15 @@ def physical_cores() -> int:
         except OSError:
             cores.add(str(cpu))
     return max(1, len(cores))
+
+
+class Perf(NamedTuple):
+    """llama.cpp's own count: rows of prompts, and single tokens, with the milliseconds that decoding them took."""
+
+    prompt_ms: float
+    prompt_rows: int
+    token_ms: float
+    tokens: int
 
 
 class Llama:
@@ -205,6 +214,14 @@ class Llama:
         """Whether the token steers the model instead of standing for text."""
         return bool(C.llama_vocab_is_control(self._vocabulary, token)) or self.ends(token)
 
+    def perf(self) -> Perf:
+        """What llama.cpp itself has counted and timed since the last `perf`."""
+        data = C.llama_perf_context(self._context)
+        C.llama_perf_context_reset(self._context)
+        # It counts batches of one row as tokens, all others as prompts, and says 1 where there were none.
+        prompt_ms, token_ms = float(data.t_p_eval_ms), float(data.t_eval_ms)
+        return Perf(prompt_ms, int(data.n_p_eval) if prompt_ms else 0, token_ms, int(data.n_eval) if token_ms else 0)
+
     # Decoding
 
     def decode(
@@ -327,6 +344,7 @@ class Llama:
         parameters.n_threads = parameters.n_threads_batch = n_threads
         parameters.n_seq_max = n_sequences
         parameters.kv_unified = True  # otherwise every sequence gets only n_ctx / n_sequences positions
+        parameters.no_perf = False  # it reads a clock before and after a call, for `perf`
         parameters.swa_full = True  # otherwise cutting a sliding-window sequence silently empties it
         context = C.llama_init_from_model(self._model, parameters)
         if not context:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from keepsight.runtime.beams import Hypothesis, beam_search, log_softmax
 from keepsight.runtime.gguf_rows import GGUFMatrix, find_matrix
-from keepsight.runtime.llama import Llama, physical_cores
+from keepsight.runtime.llama import Llama, Perf, physical_cores
 from keepsight.runtime.prompt import Block, blocks_of, tokenise
 from keepsight.runtime.sampling import Decoding, Sampler, TextStream
 from keepsight.runtime.segments import Embeds, Segment, Special, Text, Tokens, render, verbatim
@@ -33,6 +33,7 @@ __all__ = [
     "Answer",
     "Embeds",
     "Generation",
+    "Perf",
     "Prefill",
     "RankedOption",
     "Score",
@@ -82,6 +83,7 @@ class Answer:
         first_token_s: seconds from the start of the prefill until the first token was known (for beams: until the end).
         tokens_per_s: speed of the tokens after the first, the reader's own time left out; 0 if there were none.
         logprob: of the answer, for a beam search only.
+        token_s: seconds that each token took to come, the first and the end token included; none for a beam search.
     """
 
     text: str
@@ -93,6 +95,7 @@ class Answer:
     first_token_s: float = 0.0
     tokens_per_s: float = 0.0
     logprob: float | None = None
+    token_s: tuple[float, ...] = ()
 
 
 class Generation(Iterator[str]):
@@ -338,6 +341,30 @@ class LLM:
             return self._sequences.logits_everywhere(blocks)
         return self._sequences.prefill(blocks)[0].copy()
 
+    def perf(self) -> Perf:
+        """What llama.cpp itself has counted and timed since the last call, to compare with `Answer`'s times."""
+        with self._sequences.lock:
+            self._sequences.check_open()
+            return self._llama.perf()
+
+    def pace(self, segments: Sequence[Segment], tokens: int) -> Iterator[float]:
+        """Decodes so many tokens after a prompt, the likeliest each, end tokens too; gives the seconds that each took.
+
+        To measure with: other answers may be read between two of them.
+
+        Raises:
+            LLMError: the prompt and the tokens do not fit the context.
+        """
+        blocks = self._blocks(segments)
+        self._sequences.check_room(blocks, tokens, f"{tokens} new tokens")
+        with self._sequences.branches(1) as (branch,):
+            logits, prefill = self._start(blocks, [branch], threading.Event())
+            for position in range(prefill.rows, prefill.rows + tokens):
+                started = perf_counter()
+                row = np.array([logits.argmax()], np.int32)
+                logits = self._sequences.decode(row, np.array([position]), np.array([branch]))[0]
+                yield perf_counter() - started
+
     # Answers
 
     def generate(
@@ -471,6 +498,7 @@ class LLM:
             prefill_s=prefill.seconds,
             first_token_s=prefill.seconds + seconds[0],
             tokens_per_s=(len(seconds) - 1) / sum(seconds[1:]) if len(seconds) > 1 else 0.0,
+            token_s=tuple(seconds),
         )
 
     def _sampler(self, decoding: Decoding) -> Sampler:

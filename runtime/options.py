@@ -48,6 +48,10 @@ SnapshotKVOption = Annotated[
         "--snapshot-kv/--no-snapshot-kv", help="Save keys and values, too: larger, and restored bit for bit, not by rounding."
     ),
 ]
+CameraOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=URI", help="A camera with a name, in place of SOURCE; may be given several times."),
+]
 PreviewOption = Annotated[
     str | None,
     typer.Option(metavar="[HOST:]PORT", help="Show the pictures in a browser; on this machine alone, unless a host is named."),

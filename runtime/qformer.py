@@ -163,6 +163,17 @@ class QFormer:
         other.bank, other._visual, other.limit = visual_bank(self.dims, policy=self.policy), {}, self.dims.memory_length
         return other
 
+    def beside(self) -> QFormer:
+        """The same graphs over another visual bank of the same kind, for another stream. Close the first one alone.
+
+        Raises:
+            EngineError: the bank of this one is on a device, which has no room for another.
+        """
+        other = copy.copy(self)
+        other.bank, other._visual = visual_bank(self.dims, self._engines.more_memory(), policy=self.policy), {}
+        other.limit = self.dims.memory_length
+        return other
+
     def prompt(self, text: str) -> Prompt:
         """Prepare a question (already in the Q-Former's template).
 
