@@ -21,7 +21,7 @@ class Load:
     """What a session says of itself, since it was last asked.
 
     Attributes:
-        frame_s: seconds that a frame takes now (the middle one of the last few); None before the first.
+        frame_s: seconds that a frame takes now (the middle one of the last few), of all cameras together; None before the first.
         interval_s: from one remembered frame to the next, as things are; `milder_s` with one step less against a backlog.
         dropped: frames that were wanted, and replaced by a newer one because nobody was ready.
         age_s: age of the newest frame at the moment when it had been remembered; None before the first.

@@ -32,7 +32,7 @@ from keepsight.runtime.governor_live import CoreUse, LiveGovernor
 from keepsight.runtime.governor_pressure import Gauge, Load
 from keepsight.runtime.governor_steps import Knobs, parse_steps
 from keepsight.runtime.sensors.reading import Reading, Temperature
-from keepsight.runtime.session import Session
+from keepsight.runtime.session import FrameCost, Session
 from keepsight.runtime.standing import Change
 from keepsight.streams import Frame
 from keepsight.streams.errors import LLMError, UsageError
@@ -141,15 +141,16 @@ def test_metrics_count_steps_by_cause_and_seconds_at_each_level() -> None:
 
 def test_every_transition_is_logged_and_told(caplog: pytest.LogCaptureFixture) -> None:
     told: list[Transition] = []
-    clock = Clock()
-    governor = Governor(STEPS, Limits(), clock, told.append)
-    with caplog.at_level(logging.INFO, "keepsight.governor"):
-        run(governor, clock, [presses("cpu")] * 4 + [Pressure()] * 40)
+    for tell, levels in ((None, ["WARNING", "INFO"]), (told.append, ["INFO", "INFO"])):
+        clock = Clock()
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "keepsight.governor"):
+            run(Governor(STEPS, Limits(), clock, tell), clock, [presses("cpu")] * 4 + [Pressure()] * 40)
+        assert [record.levelname for record in caplog.records] == levels  # on the screen once, whoever puts it there
     assert [record.getMessage() for record in caplog.records] == [str(one) for one in told]
     assert [str(one) for one in told] == [
         "[governor 1] threads=1/2 on, cpu: too much cpu", "[governor 0] threads=1/2 off, cpu: calm for 30 s"
     ]  # fmt: skip
-    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
 def test_steps_and_times_that_make_no_sense_are_refused() -> None:
@@ -564,6 +565,20 @@ def test_an_encoder_that_is_late_remembers_less_often_and_stays_so(session: Sess
         assert {cause for _, cause, _ in governor.governor.on} == {"backlog"}
         until(lambda: governor.governor.since_s > 3 * limits.recover_after_s)
         assert governor.governor.level == 2  # a frame would not fit into half the time
+
+
+def test_cameras_that_share_an_encoder_are_late_together(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes 0.4 of its interval: two fit, three do not."""
+    interval_s = 1 / session.bundle.manifest.sample_fps
+    sessions = [session, session.beside(), session.beside()]
+    monkeypatch.setattr(Session, "cost", FrameCost(400 * interval_s, 0.0, 0.0))
+    for count, over in ((2, False), (3, True)):
+        governor = LiveGovernor(sessions[:count], parse_steps("rate=1/2"), Script([HEALTHY]))
+        for one in sessions[:count]:
+            see(one, [one.time_s + 1.0])
+        load = governor.load()
+        assert load.frame_s == pytest.approx(0.4 * count * interval_s)
+        assert ("backlog" in Gauge().pressure(Reading(0.0), load).over) == over
 
 
 def test_processes_that_take_the_cores_leave_one_thread_to_the_language_model(tiny: Session) -> None:
