@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from keepsight.runtime.cli import app
 from keepsight.runtime.governor import CAUSES, Cause, Governor, Limits, Pressure, Step, Transition
 from keepsight.runtime.governor_live import CoreUse, LiveGovernor
 from keepsight.runtime.governor_pressure import Gauge, Load
-from keepsight.runtime.governor_steps import Knobs, parse_steps
+from keepsight.runtime.governor_steps import DEFAULT_STEPS, Knob, Knobs, parse_steps
 from keepsight.runtime.sensors.reading import Reading, Temperature
 from keepsight.runtime.session import FrameCost, Session
 from keepsight.runtime.standing import Change
@@ -335,6 +336,12 @@ def test_steps_are_spelled_in_order() -> None:
         ("rate", 10), ("memory", 10), ("context", 1024), ("rate", 5), ("answer", 8)
     ]  # fmt: skip
     assert parse_steps("off") == () and len(parse_steps("on")) == 6
+
+
+def test_the_page_names_the_steps_and_causes_that_there_are() -> None:
+    page = (Path(__file__).parents[2] / "docs/governor.md").read_text()
+    assert f"`on` is `{DEFAULT_STEPS}`" in page
+    assert all(f"| `{cause}` |" in page for cause in CAUSES) and all(f"| `{knob}=" in page for knob in get_args(Knob))
 
 
 @pytest.mark.parametrize(
