@@ -126,7 +126,7 @@ class Governor:
         steps: in the order in which they are turned on; off they go in the opposite one.
         limits: see there.
         clock: seconds, never going back.
-        tell: called with each transition; all are logged by `keepsight.governor`, too.
+        tell: called with each transition. All are logged by `keepsight.governor`, too; as warnings, if nobody is told.
 
     Raises:
         UsageError: a step twice, one that helps against nothing, or times that make no sense.
@@ -254,6 +254,8 @@ class Governor:
 
     def _say(self, transition: Transition) -> None:
         self.transitions.append(transition)
-        _log.log(logging.INFO if transition.kind == "recovered" else logging.WARNING, "%s", transition)
+        # Warnings go to the screen where nobody has set up logging: not twice.
+        quiet = self._tell is not None or transition.kind == "recovered"
+        _log.log(logging.INFO if quiet else logging.WARNING, "%s", transition)
         if self._tell is not None:
             self._tell(transition)

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, Protocol
 
 from keepsight.runtime.engine import Tensor
-from keepsight.runtime.governor import CAUSES, Governor, Limits, Transition
+from keepsight.runtime.governor import CAUSES, Governor, Limits
 from keepsight.runtime.governor_pressure import Gauge, Load
 from keepsight.runtime.governor_steps import Knobs, Turn, parse_steps
 from keepsight.runtime.llm import Prefill
@@ -155,8 +155,8 @@ class LiveGovernor:
         self._knobs = Knobs(self.sessions)
         usable, self.refused, idle = self._knobs.sorted_out(steps)
         self._turns = {step.name: step for step in usable}
-        self._tell = tell or (lambda _: None)
-        self.governor = Governor(usable, limits, clock, tell=self._changed)
+        self._tell = tell
+        self.governor = Governor(usable, limits, clock, None if tell is None else lambda transition: tell(str(transition)))
         self._gauge, self._sensors = Gauge(limits), sensors
         self._cores = CoreUse()
         self._frames = [_Frames(session, clock) for session in self.sessions]
@@ -187,26 +187,25 @@ class LiveGovernor:
         return level
 
     def load(self) -> Load:
-        """What the sessions say of themselves since the last look: the latest of them."""
-        rate = self._factors()
-        slowest: tuple[float, Load] | None = None
-        for index, frames in enumerate(self._frames):
-            if not rate[0] > 1:  # while frames are left out, nothing says how many there would be
-                self._usual_s[index] = frames.usual_s()
-            interval_s, milder_s = (self._usual_s[index] * factor for factor in rate)
-            frame_s, age_s = frames.late(interval_s)
-            dropped = frames.dropped()
-            load = Load(frame_s, interval_s, milder_s, 0 if rate[0] > 1 else dropped, age_s)
-            share = (frame_s or 0.0) / interval_s
-            if slowest is None or share > slowest[0]:
-                slowest = share, load
-        assert slowest is not None
-        late = slowest[1]
+        """What the sessions say of themselves since the last look. They share an encoder: a frame of each must fit in."""
+        now, milder = self._factors()
+        if now == 1:  # while frames are left out, nothing says how many there would be
+            self._usual_s = [frames.usual_s() for frames in self._frames]
+        shares, ages, dropped = [], [], 0
+        for frames, usual_s in zip(self._frames, self._usual_s, strict=True):
+            frame_s, age_s = frames.late(usual_s * now)
+            dropped += frames.dropped()
+            if frame_s is not None:
+                shares.append(frame_s / usual_s)
+            if age_s is not None:
+                ages.append(age_s)
+        usual_s = min(self._usual_s)
         need_bytes, full_bytes = self._needs()
         return Load(
-            late.frame_s, late.interval_s, late.milder_s, late.dropped, late.age_s, need_bytes, full_bytes,
-            self._cores.cores, self._cores.others(), max((model.n_threads for model in self._knobs.models), default=0),
-            max(self._knobs.full_threads, default=0), self._prefill_row_s(),
+            sum(shares) * usual_s if shares else None, usual_s * now, usual_s * milder, dropped if now == 1 else 0,
+            max(ages, default=None), need_bytes, full_bytes, self._cores.cores, self._cores.others(),
+            max((model.n_threads for model in self._knobs.models), default=0), max(self._knobs.full_threads, default=0),
+            self._prefill_row_s(),
         )  # fmt: skip
 
     def metrics(self) -> dict[str, Any]:
@@ -252,12 +251,10 @@ class LiveGovernor:
         while not self._stop.wait(self._every_s):
             self.look()
 
-    def _changed(self, transition: Transition) -> None:
-        self._tell(str(transition))
-
-    def _say(self, line: str) -> None:
-        _log.info("%s", line)
-        self._tell(line)
+    def _say(self, line: str, level: int = logging.INFO) -> None:
+        _log.log(level if self._tell is None else logging.INFO, "%s", line)
+        if self._tell is not None:
+            self._tell(line)
 
     def _turn(self) -> None:
         on = [(self._turns[step.name], cause) for step, cause, _ in self.governor.on]
@@ -265,8 +262,7 @@ class LiveGovernor:
             self._pending = not self._knobs.turn(on, self._usual_s)
         except KeepsightError as error:
             if not self._pending:
-                _log.error("%s", error)
-                self._tell(f"[governor] {error}")
+                self._say(f"[governor] {error}", logging.ERROR)
             self._pending = True
 
     def _factors(self) -> tuple[float, float]:
@@ -280,7 +276,8 @@ class LiveGovernor:
         now, models = 0, zip(self._knobs.models, self._knobs.full_ctx, strict=True)
         full = sum(model.position_bytes * (positions - model.n_ctx) for model, positions in models)
         for session in self.sessions:
-            for bank in (session.qformer.bank, *(one.carried.bank for one in session.standing)):
+            visual = [session.qformer.bank] if session.qformer.bank_on == "host" else []  # a device's is all there from the start
+            for bank in (*visual, *(one.carried.bank for one in session.standing)):
                 by_slot = bank.nbytes // bank.slots
                 full += by_slot * (bank.slots - bank.used)
                 now += by_slot * max(0, min(session.qformer.limit + 1, bank.slots) - bank.used)
@@ -311,7 +308,7 @@ def _sensed(reading: Reading) -> Iterator[str]:
 
 @contextmanager
 def governed(
-    session: Session | Sequence[Session], spelling: str, tell: Callable[[str], None], sensors: SensorsLike | None = None
+    sessions: Session | Sequence[Session], spelling: str, tell: Callable[[str], None], sensors: SensorsLike | None = None
 ) -> Iterator[LiveGovernor | None]:
     """A governor of live sessions as the command line asks for it; None for `off`.
 
@@ -326,7 +323,7 @@ def governed(
         from keepsight.runtime.sensors import Sensors
 
         sensors = Sensors()
-    governor = LiveGovernor(session, steps, sensors, tell=tell)
+    governor = LiveGovernor(sessions, steps, sensors, tell=tell)
     governor.start()
     try:
         yield governor

@@ -21,7 +21,7 @@ class Load:
     """What a session says of itself, since it was last asked.
 
     Attributes:
-        frame_s: seconds that a frame takes now (the middle one of the last few); None before the first.
+        frame_s: seconds that a frame takes now (the middle one of the last few), of all cameras together; None before the first.
         interval_s: from one remembered frame to the next, as things are; `milder_s` with one step less against a backlog.
         dropped: frames that were wanted, and replaced by a newer one because nobody was ready.
         age_s: age of the newest frame at the moment when it had been remembered; None before the first.
@@ -130,8 +130,9 @@ class Gauge:
         if load.cores is None or load.others is None or not load.threads:
             return None, None
         why = f"other processes keep {load.others:.1f} of {load.cores} cores busy, the language model wants {load.threads}"
-        over = load.threads > 1 and load.threads + load.others - load.cores > self.limits.crowding_over
-        return _told(over, load.full_threads + load.others - load.cores > self.limits.crowding_near, why)
+        # Threads that its user gave it beyond the cores are its user's affair.
+        now, full = (min(threads, load.cores) + load.others - load.cores for threads in (load.threads, load.full_threads))
+        return _told(load.threads > 1 and now > self.limits.crowding_over, full > self.limits.crowding_near, why)
 
     def _note_prefill(self, now: float, load: Load) -> None:
         """A prefill that took many times its usual time counts for a while."""

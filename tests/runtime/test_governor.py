@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -29,9 +31,9 @@ from keepsight.runtime.cli import app
 from keepsight.runtime.governor import CAUSES, Cause, Governor, Limits, Pressure, Step, Transition
 from keepsight.runtime.governor_live import CoreUse, LiveGovernor
 from keepsight.runtime.governor_pressure import Gauge, Load
-from keepsight.runtime.governor_steps import Knobs, parse_steps
+from keepsight.runtime.governor_steps import DEFAULT_STEPS, Knob, Knobs, parse_steps
 from keepsight.runtime.sensors.reading import Reading, Temperature
-from keepsight.runtime.session import Session
+from keepsight.runtime.session import FrameCost, Session
 from keepsight.runtime.standing import Change
 from keepsight.streams import Frame
 from keepsight.streams.errors import LLMError, UsageError
@@ -93,6 +95,7 @@ def test_what_trembles_around_a_limit_moves_nothing() -> None:
     assert set(run(governor, clock, [over, near] * 100)) == {0}  # never long enough
     assert run(governor, clock, [over] * 4)[-1] == 1
     assert set(run(governor, clock, [near] * 500)) == {1}  # never calm
+    assert set(run(governor, clock, ([Pressure()] * 25 + [near]) * 4)) == {1}  # never calm for long enough
     assert run(governor, clock, [Pressure()] * 31)[-1] == 0
 
 
@@ -139,15 +142,16 @@ def test_metrics_count_steps_by_cause_and_seconds_at_each_level() -> None:
 
 def test_every_transition_is_logged_and_told(caplog: pytest.LogCaptureFixture) -> None:
     told: list[Transition] = []
-    clock = Clock()
-    governor = Governor(STEPS, Limits(), clock, told.append)
-    with caplog.at_level(logging.INFO, "keepsight.governor"):
-        run(governor, clock, [presses("cpu")] * 4 + [Pressure()] * 40)
+    for tell, levels in ((None, ["WARNING", "INFO"]), (told.append, ["INFO", "INFO"])):
+        clock = Clock()
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "keepsight.governor"):
+            run(Governor(STEPS, Limits(), clock, tell), clock, [presses("cpu")] * 4 + [Pressure()] * 40)
+        assert [record.levelname for record in caplog.records] == levels  # on the screen once, whoever puts it there
     assert [record.getMessage() for record in caplog.records] == [str(one) for one in told]
     assert [str(one) for one in told] == [
         "[governor 1] threads=1/2 on, cpu: too much cpu", "[governor 0] threads=1/2 off, cpu: calm for 30 s"
     ]  # fmt: skip
-    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
 def test_steps_and_times_that_make_no_sense_are_refused() -> None:
@@ -259,6 +263,7 @@ CPU = Load(cores=4, threads=4, full_threads=4)
         (Reading(0.0), replace(CPU, others=0.1), {}, {}),
         (Reading(0.0), replace(CPU, others=2.0, threads=2), {}, {"cpu": "wants 2"}),  # would be over again at full
         (Reading(0.0), replace(CPU, others=4.0, threads=1), {}, {"cpu": "wants 1"}),  # none waits for another
+        (Reading(0.0), replace(CPU, others=0.0, threads=9, full_threads=9), {}, {}),  # as its user wants it
         (Reading(0.0), replace(CPU, others=4.0, threads=0, full_threads=0), {}, {}),  # no language model
     ],
 )  # fmt: skip
@@ -331,6 +336,12 @@ def test_steps_are_spelled_in_order() -> None:
         ("rate", 10), ("memory", 10), ("context", 1024), ("rate", 5), ("answer", 8)
     ]  # fmt: skip
     assert parse_steps("off") == () and len(parse_steps("on")) == 6
+
+
+def test_the_page_names_the_steps_and_causes_that_there_are() -> None:
+    page = (Path(__file__).parents[2] / "docs/governor.md").read_text()
+    assert f"`on` is `{DEFAULT_STEPS}`" in page
+    assert all(f"| `{cause}` |" in page for cause in CAUSES) and all(f"| `{knob}=" in page for knob in get_args(Knob))
 
 
 @pytest.mark.parametrize(
@@ -491,7 +502,18 @@ QUICK = Limits(degrade_after_s=0.2, dwell_s=0.1, recover_after_s=0.6, patience=1
                late_over=99, late_near=99, age_s=99, prefill_over=1e9)  # fmt: skip
 
 
-def until(condition: object, seconds: float = 20.0) -> None:
+@dataclass
+class Hogs:
+    """What keeps cores busy."""
+
+    busy: float
+    cores: int = 2
+
+    def others(self) -> float:
+        return self.busy
+
+
+def until(condition: object, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < end, "it did not happen"
@@ -510,7 +532,7 @@ def test_a_live_session_gets_hot_and_full_and_recovers(tiny: Session) -> None:
     ):
         times: list[float] = []
         tiny.observe(lambda _, frame: times.append(frame.time_s))
-        watcher.wait(14, 20)
+        watcher.wait(14, 60)
         assert tiny.ask(standing).result.degraded == () and governor.metrics()["level"] == 0
 
         script.readings = [HOT]
@@ -531,7 +553,7 @@ def test_a_live_session_gets_hot_and_full_and_recovers(tiny: Session) -> None:
         until(lambda: tiny.degraded == ())
         cool_from = len(times)
         until(lambda: tiny.qformer.bank.used > 6 and len(times) > cool_from + 8)
-        assert np.median(np.diff(times[cool_from + 1 :])) < 0.5
+        assert np.median(np.diff(times[cool_from + 1 :])) < 0.9
         assert tiny.llm.n_ctx == 2048
         assert tiny.ask("what color is the shape?").result.degraded == ()
         metrics = governor.metrics()
@@ -550,6 +572,35 @@ def test_an_encoder_that_is_late_remembers_less_often_and_stays_so(session: Sess
         assert {cause for _, cause, _ in governor.governor.on} == {"backlog"}
         until(lambda: governor.governor.since_s > 3 * limits.recover_after_s)
         assert governor.governor.level == 2  # a frame would not fit into half the time
+
+
+def test_cameras_that_share_an_encoder_are_late_together(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes 0.4 of its interval: two fit, three do not."""
+    interval_s = 1 / session.bundle.manifest.sample_fps
+    sessions = [session, session.beside(), session.beside()]
+    monkeypatch.setattr(Session, "cost", FrameCost(400 * interval_s, 0.0, 0.0))
+    for count, over in ((2, False), (3, True)):
+        governor = LiveGovernor(sessions[:count], parse_steps("rate=1/2"), Script([HEALTHY]))
+        for one in sessions[:count]:
+            see(one, [one.time_s + 1.0])
+        load = governor.load()
+        assert load.frame_s == pytest.approx(0.4 * count * interval_s)
+        assert ("backlog" in Gauge().pressure(Reading(0.0), load).over) == over
+
+
+def test_processes_that_take_the_cores_leave_one_thread_to_the_language_model(tiny: Session) -> None:
+    see(tiny, [0.0])
+    clock = Clock()
+    governor = LiveGovernor(tiny, parse_steps("threads=1"), Script([HEALTHY]), clock=clock)
+    text = tiny.ask("what color is the shape?").result.text
+    for hogs, seconds, wanted in ((0.0, 10, 2), (2.0, 10, 1), (0.5, 200, 1), (0.0, 40, 2)):
+        governor._cores = Hogs(hogs)  # type: ignore[assignment]
+        for _ in range(seconds):
+            clock.now += 1
+            governor.look()
+        assert tiny.llm.n_threads == wanted
+        assert tiny.ask("what color is the shape?").result.text == text
+    assert governor.metrics()["degraded"]["cpu"] == governor.metrics()["recovered"] == 1
 
 
 def test_a_governor_that_closes_turns_all_to_full(session: Session) -> None:
@@ -571,7 +622,7 @@ def keepsight(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[s
 def test_run_shows_its_status() -> None:
     result = keepsight("run", "test://ball", "--threads", "1", stdin="/status\nwhat color is the shape?\n")
     assert result.returncode == 0, result.stderr
-    assert "level 0 of " in result.stderr and "without threads" not in result.stderr
+    assert re.search(r"level \d of \d, for \d+ s", result.stderr) and "without threads" not in result.stderr
     assert "GB available" in result.stderr
     assert result.stdout.strip()
     result = keepsight("run", "test://ball", "--threads", "1", "--governor", "off", stdin="/status\n")
