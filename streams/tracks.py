@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
@@ -96,6 +96,7 @@ class Tracks:
         self._seen: set[str] = set()  # what the container holds
         self._listed = threading.Event()  # the container has named all its streams
         self._linked: set[Track] = set()
+        self._heard: list[tuple[Any, int]] = []  # what calls back: elements and handlers
         self._coming: set[Track] = set()  # an RTP stream whose decoder is not ready yet
         plan = _plan(uri, view, rate, microphone, live=live)
         require_elements(plan.elements)
@@ -181,6 +182,10 @@ class Tracks:
         """Stop. Closing twice does nothing."""
         self._closed.set()
         self._pipeline.set_state(self._gst.State.NULL)
+        # What is called back holds this object, which holds the pipeline: neither would ever be freed, nor its sockets closed.
+        while self._heard:
+            element, handler = self._heard.pop()
+            element.disconnect(handler)
 
     def __str__(self) -> str:
         return str(self._microphone if self._uri is None else self._uri)
@@ -235,13 +240,16 @@ class Tracks:
         if plan.joint == DECODER:
             self._follow(joint)
         else:
-            joint.connect("pad-added", self._on_rtp)
-        joint.connect("no-more-pads", self._on_listed)
+            self._hear(joint, "pad-added", self._on_rtp)
+        self._hear(joint, "no-more-pads", self._on_listed)
 
     def _follow(self, decoder: Any) -> None:
-        decoder.connect("pad-added", self._on_pad)
-        decoder.connect("unknown-type", self._on_unknown)
-        decoder.connect("autoplug-continue", self._on_stream)
+        self._hear(decoder, "pad-added", self._on_pad)
+        self._hear(decoder, "unknown-type", self._on_unknown)
+        self._hear(decoder, "autoplug-continue", self._on_stream)
+
+    def _hear(self, element: Any, signal: str, callback: Callable[..., Any]) -> None:
+        self._heard.append((element, element.connect(signal, callback)))
 
     def _on_listed(self, element: Any) -> None:
         self._listed.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import itertools
 import time
@@ -17,6 +18,8 @@ import keepsight.streams.snippet as snippet_module
 from keepsight.streams import Reconnect, SourceLostError, SourceNotFoundError, SourceUnreadableError, UsageError, tracks
 from keepsight.streams.capture import Timeouts
 from keepsight.streams.snippet import Snippet, Snippets
+from keepsight.streams.uri import SourceURI
+from keepsight.streams.view import View
 
 SECONDS = 20.0
 
@@ -258,6 +261,21 @@ def test_what_was_never_there_fails_at_once_or_is_waited_for(rtsp_server: Any) -
         assert snippets.state in ("connecting", "lost")
         rtsp_server.start()
         assert next(snippets).generation == 0
+
+
+def test_connections_that_are_over_are_freed(rtsp_server: Any) -> None:
+    def connection() -> Any:
+        opened = tracks.LiveTracks(SourceURI.parse(rtsp_server.url("/talk")), view=View((16, 12)), rate=16000)
+        until = time.monotonic() + 10
+        while time.monotonic() < until and not opened.has("audio"):
+            opened.pull_shot(0.05)
+        pipeline = opened._pipeline.weak_ref()
+        opened.close()
+        return pipeline
+
+    over = [connection() for _ in range(3)]
+    gc.collect()
+    assert [pipeline() for pipeline in over] == [None] * 3
 
 
 def test_a_file_can_not_be_lost(media: Path) -> None:
