@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Arrivals", "Capture", "Picture", "Timeouts"]
+__all__ = ["Arrivals", "Capture", "Picture", "Tap", "Timeouts"]
 
 # On an error the sink gets no end of stream and a pull would last its whole time: pulls are short, and the bus is
 # looked at between them.
@@ -131,7 +131,7 @@ class Capture:
         self._sink = self._pipeline.get_by_name(FRAMES)
         self._bus = self._pipeline.get_bus()
         self._decoders = DecoderWatch(self._pipeline)
-        self._tap = _Tap(self._gst, self._pipeline.get_by_name(TAP).get_static_pad("sink"), sampler)
+        self._tap = Tap(self._gst, self._pipeline.get_by_name(TAP).get_static_pad("sink"), sampler)
         if timing is not None:
             timing.attach(self._pipeline)
         self._started = time.monotonic()
@@ -332,7 +332,7 @@ class Capture:
         return any(name.startswith("video/") for name in names)
 
 
-class _Tap:
+class Tap:
     """Sees each decoded frame before it is scaled: counts it, times it, and lets a sampler refuse it.
 
     appsink does not say how many frames it replaced, and gaps between times don't either, since a camera's rate

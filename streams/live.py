@@ -53,7 +53,7 @@ class LiveSource(Iterator[Frame]):
         uri: of a camera or a test pattern, as `Source` takes it. Files are not live.
         size, aspect, scaler, colorimetry, conversion, hardware_scaling: as of `Source`.
         fps: frames wanted per second by the iterator, the first at or after each `k / fps`; None is every frame.
-        every, change: as of `Source`, of the frames that are read.
+        every, change, change_floor_s: as of `Source`, of the frames that are read.
         reconnect: when to try again, and whether to wait for a camera that is not there at the start.
         stale_after_s: frames older than this are not handed over; None hands over any.
         first_frame_timeout_s: seconds that each connection has for its first frame.
@@ -86,6 +86,7 @@ class LiveSource(Iterator[Frame]):
         fps: float | None = None,
         every: int | None = None,
         change: float | None = None,
+        change_floor_s: float | None = None,
         hardware_scaling: bool = False,
         reconnect: Reconnect | None = None,
         stale_after_s: float | None = None,
@@ -101,7 +102,7 @@ class LiveSource(Iterator[Frame]):
         if stale_after_s is not None and not stale_after_s > 0:
             raise UsageError(f"stale_after_s={stale_after_s} makes no sense.", fix="Give seconds above 0, or None.")
         self._view = View(size, aspect, scaler, colorimetry, conversion, hardware_scaling)
-        self._sampler = sampler_for(fps, every, change)
+        self._sampler = sampler_for(fps, every, change, change_floor_s)
         self._fps, self._stale_after_s = fps, stale_after_s
         self._log = EventLog(on_event=on_event)
         self._supervisor = Supervisor(

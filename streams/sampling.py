@@ -104,7 +104,7 @@ class ChangeSampler:
     Args:
         threshold: mean absolute difference of the thumbnails from which on a frame is kept, in levels of 0 to 255, above 0.
             2 to 4 shows a person who walks through the picture; a cut is 20 and more.
-        floor_s: seconds after which a frame is kept even if nothing has changed.
+        floor_s: seconds after which a frame is kept even if nothing has changed; math.inf for never.
 
     Raises:
         UsageError: a threshold or a floor that makes no sense.
@@ -113,8 +113,8 @@ class ChangeSampler:
     def __init__(self, threshold: float, *, floor_s: float = 10.0) -> None:
         if not (math.isfinite(threshold) and 0 < threshold <= 255):
             raise UsageError(f"change={threshold} is not a threshold.", fix="Give levels above 0 and up to 255, such as 3.")
-        if not (math.isfinite(floor_s) and floor_s > 0):
-            raise UsageError(f"floor_s={floor_s} makes no sense.", fix="Give seconds above 0.")
+        if not floor_s > 0:
+            raise UsageError(f"change_floor_s={floor_s} makes no sense.", fix="Give seconds above 0, or math.inf for no floor.")
         self.threshold, self.floor_s = threshold, floor_s
         self.difference = 0.0  # of the last frame seen, from the last one kept
         self._kept: NDArray[np.float32] | None = None
@@ -148,18 +148,26 @@ def thumbnail(image: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def sampler_for(
-    fps: float | Fraction | None, every: int | None, change: float | None, floor_s: float = 10.0
+    fps: float | Fraction | None, every: int | None, change: float | None, change_floor_s: float | None = None
 ) -> Sampler | EverySampler | ChangeSampler | None:
     """The policy that one of `fps`, `every` and `change` asks for; None for every frame.
 
+    Args:
+        fps, every, change: as of `Source`.
+        change_floor_s: of `ChangeSampler`; None for its own.
+
     Raises:
-        UsageError: more than one of them, or one that makes no sense.
+        UsageError: more than one of them, one that makes no sense, or a floor without `change`.
     """
     asked = [name for name, value in (("fps", fps), ("every", every), ("change", change)) if value is not None]
     if len(asked) > 1:
         raise UsageError(f"{' and '.join(asked)} can't both choose the frames.", fix="Give one of fps, every and change.")
+    if change_floor_s is not None and change is None:
+        raise UsageError("change_floor_s= is for frames chosen by change=.", fix="Give change=3, say, or leave it out.")
     if fps is not None:
         return Sampler(float(fps))
     if every is not None:
         return EverySampler(every)
-    return None if change is None else ChangeSampler(change, floor_s=floor_s)
+    if change is None:
+        return None
+    return ChangeSampler(change) if change_floor_s is None else ChangeSampler(change, floor_s=change_floor_s)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
-from keepsight.streams.audio import parse_source, refuse_absent
+from keepsight.streams.audio import parse_source, refuse_absent, refuse_files
+from keepsight.streams.backoff import Reconnect
 from keepsight.streams.bicubic import scaled
 from keepsight.streams.capture import Timeouts
-from keepsight.streams.errors import SourceLostError, SourceUnreadableError, UsageError
+from keepsight.streams.errors import KeepsightError, SourceLostError, SourceUnreadableError, UsageError
+from keepsight.streams.events import Event, EventLog, State
 from keepsight.streams.faults import silence_of
 from keepsight.streams.gst import pixel_aspect, sample_to_array
 from keepsight.streams.microphone import Microphone
 from keepsight.streams.sampleline import SampleLine
-from keepsight.streams.tracks import Shot, Track, Tracks
+from keepsight.streams.supervisor import Supervisor
+from keepsight.streams.tracks import LiveTracks, Shot, Track, Tracks, supervisor_of
 from keepsight.streams.view import Aspect, Colorimetry, Conversion, Scaler, View
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Snippet", "Snippets"]
 
+T = TypeVar("T")
 Absent = Literal["error", "pad"]
 Pace = Literal["auto", "offline"]
 
@@ -52,7 +56,8 @@ class Snippet:
         end: `start` plus the length asked for.
         frame_mask: bool `[T]`, true where there was a frame.
         sample_mask: bool `[n]`, true where there was sound.
-        index: which snippet of the stream; where numbers are missing, snippets were dropped.
+        index: which snippet of the stream; where numbers are missing, snippets were dropped, or fell into an outage.
+        generation: how many earlier connections had given anything. No snippet is of two of them.
     """
 
     frames: NDArray[np.uint8]
@@ -63,6 +68,7 @@ class Snippet:
     frame_mask: NDArray[np.bool_]
     sample_mask: NDArray[np.bool_]
     index: int
+    generation: int = 0
 
     @property
     def padded_frames(self) -> int:
@@ -91,6 +97,8 @@ class Snippets(Iterator[Snippet]):
     A file gives every snippet, always the same ones; its last may be padded. A live source gives its newest snippet: those that
     were complete while nobody asked are dropped and counted. There a snippet is complete when both tracks have passed its end, or
     `wait_s` after it, with padding for what had not come. It is lost when a track that was there ends, or its pictures stall.
+    With `reconnect` it is then opened again, by the supervisor of `LiveSource`: time goes on over the gap, snippets that begin
+    before it are over are left out, and the following ones have another generation. Without it, a loss raises.
 
     Args:
         uri: a file, an RTSP camera, `test://ball` (which ticks once a second), ... (see `Source`).
@@ -109,6 +117,8 @@ class Snippets(Iterator[Snippet]):
             delays it by and its container does not tell.
         wait_s: how long after its end a live snippet waits for its late track.
         timeouts: seconds to wait for the first data, and for any more.
+        reconnect: when to try again; None for one connection. Only for what is live.
+        on_event: called with each `Event`, as of `LiveSource`.
 
     Raises:
         UsageError, SourceNotFoundError, SourceUnreadableError, MissingComponentError: at once, as for `Source`.
@@ -139,6 +149,8 @@ class Snippets(Iterator[Snippet]):
         sound_late_s: float = 0.0,
         wait_s: float = 1.0,
         timeouts: Timeouts | None = None,
+        reconnect: Reconnect | None = None,
+        on_event: Callable[[Event], None] | None = None,
     ) -> None:
         self._grid = _Grid(length_s, length_s if hop_s is None else hop_s, _offsets(frames, length_s))
         if absent not in ("error", "pad"):
@@ -154,6 +166,14 @@ class Snippets(Iterator[Snippet]):
         self._timeouts = timeouts or Timeouts()
         self._line_rate = rate
         SampleLine(rate)  # refuses a rate that makes no sense
+        self._log = EventLog(on_event=on_event)
+        self._supervisor: Supervisor[LiveTracks] | None = None
+        if reconnect is not None:
+            refuse_files(self.uri, live=self.is_live)
+            self._supervisor = supervisor_of(
+                self.uri, view=self._view, rate=rate, microphone=self._microphone,
+                timeouts=self._timeouts, reconnect=reconnect, log=self._log,
+            )  # fmt: skip
         self.dropped = 0  # live snippets that a newer one replaced before they were read
         self.late = 0  # live snippets that were given without waiting any longer for a track
         self._condition = threading.Condition()
@@ -163,13 +183,30 @@ class Snippets(Iterator[Snippet]):
         self._fault: BaseException | None = None
         self._thread: threading.Thread | None = None
 
+    @property
+    def state(self) -> State:
+        """`connecting`, `live`, `stalled` (only with `reconnect`) or `lost`."""
+        return self._log.state
+
+    @property
+    def events(self) -> list[Event]:
+        """What happened since the start, oldest first; the newest 256."""
+        return self._log.events
+
     def __next__(self) -> Snippet:
         self._open()
-        if self._closed or self._gatherer is None:
+        if self._closed:
             raise StopIteration
         try:
-            snippet = self._wait() if self.is_live else self._gather(self._gatherer)
-        except BaseException:
+            if self.is_live or self._gatherer is None:
+                snippet = self._wait()
+            else:
+                snippet = self._gather(self._gatherer)
+            if snippet is not None and self._supervisor is None and self._log.state != "live":
+                self._log.add("live", "first snippet")
+        except BaseException as error:
+            if self._supervisor is None and isinstance(error, KeepsightError):
+                self._log.add("lost", error.message)
             self.close()
             raise
         if snippet is None:
@@ -183,7 +220,9 @@ class Snippets(Iterator[Snippet]):
             self._closed = True
             self._condition.notify_all()
             gatherer, thread = self._gatherer, self._thread
-        if gatherer is not None:
+        if self._supervisor is not None:
+            self._supervisor.close()
+        elif gatherer is not None:
             gatherer.tracks.close()
         if thread is not None and thread is not threading.current_thread():
             thread.join(timeout=5)
@@ -203,15 +242,22 @@ class Snippets(Iterator[Snippet]):
 
     def _open(self) -> None:
         with self._condition:
-            if self._gatherer is not None or self._closed:
+            if self._gatherer is not None or self._thread is not None or self._closed:
+                return
+            if self._supervisor is not None:
+                self._supervisor.start()
+                self._watch_over(self._carry, self._supervisor)
                 return
             tracks = Tracks(self.uri, view=self._view, rate=self._line_rate, microphone=self._microphone, live=self.is_live)
             line = SampleLine(self._line_rate)
             self._gatherer = _Gatherer(tracks, self._view, line, self._sound_late_s, self._grid, live=self.is_live)
             if self.is_live:
-                # Somebody must see what comes while the reader is busy: only wanted frames, of one snippet at a time, are kept.
-                self._thread = threading.Thread(target=self._collect, name="keepsight-snippets", daemon=True)
-                self._thread.start()
+                self._watch_over(self._collect_from, self._gatherer)
+
+    def _watch_over(self, work: Callable[[T], None], what: T) -> None:
+        """See what comes while the reader is busy: only wanted frames, of one snippet at a time, are kept."""
+        self._thread = threading.Thread(target=self._collect, args=(work, what), name="keepsight-snippets", daemon=True)
+        self._thread.start()
 
     def _gather(self, gatherer: _Gatherer) -> Snippet | None:
         """The next snippet of a file."""
@@ -255,14 +301,41 @@ class Snippets(Iterator[Snippet]):
                 raise self._fault
             return snippet
 
-    def _collect(self) -> None:
-        assert self._gatherer is not None
+    def _collect(self, work: Callable[[T], None], what: T) -> None:
         try:
-            self._collect_from(self._gatherer)
+            work(what)
         except BaseException as error:
             with self._condition:
                 self._fault = error
                 self._condition.notify_all()
+
+    def _carry(self, supervisor: Supervisor[LiveTracks]) -> None:
+        """Snippets of one connection after the other; whether one lives is the supervisor's to see."""
+        clock = _Clock()
+        gatherer: _Gatherer | None = None
+        while not self._closed:
+            current = supervisor.current(_PULL_S)
+            if current is None:
+                continue
+            generation, tracks = current
+            # Not by its generation: connections that gave nothing have that of the one after them.
+            if gatherer is None or gatherer.tracks is not tracks:
+                line = SampleLine(self._line_rate)
+                gatherer = _Gatherer(
+                    tracks, self._view, line, self._sound_late_s, self._grid, live=True, clock=clock, generation=generation
+                )
+            if not gatherer.step():
+                supervisor.pause(_PULL_S / 2)  # at its end a pull returns at once
+            elif gatherer.begun():
+                supervisor.delivered()
+            if self._absent == "error":
+                refuse_absent(gatherer.tracks, ("video", "audio"))
+            ready = gatherer.is_ready()
+            if ready or gatherer.is_overdue(self._wait_s):
+                snippet = gatherer.cut()
+                if snippet.frame_mask.any() or snippet.sample_mask.any():  # a new connection's first times may leap
+                    self.late += not ready
+                    self._offer(snippet)
 
     def _collect_from(self, gatherer: _Gatherer) -> None:
         started = last = time.monotonic()
@@ -335,6 +408,21 @@ class _Kept:
     image: NDArray[np.uint8]
 
 
+class _Clock:
+    """Stream time over several connections: it goes on while there is none.
+
+    Attributes:
+        epoch_s: of time.monotonic(), when the stream began; None before.
+    """
+
+    def __init__(self) -> None:
+        self.epoch_s: float | None = None
+
+    def stream_s(self, captured_at: float) -> float:
+        self.epoch_s = captured_at if self.epoch_s is None else self.epoch_s
+        return max(0.0, captured_at - self.epoch_s)
+
+
 class _Gatherer:
     """Collects the tracks up to the end of a snippet, and cuts it out.
 
@@ -342,12 +430,22 @@ class _Gatherer:
     """
 
     def __init__(
-        self, tracks: Tracks, view: View, line: SampleLine, sound_late_s: float, grid: _Grid, *, live: bool
+        self,
+        tracks: Tracks,
+        view: View,
+        line: SampleLine,
+        sound_late_s: float,
+        grid: _Grid,
+        *,
+        live: bool,
+        clock: _Clock | None = None,
+        generation: int = 0,
     ) -> None:
         assert view.size is not None
         self.tracks = tracks
         self._view, self._grid, self._live = view, grid, live
         self._line, self._sound_late_s = line, sound_late_s
+        self._clock, self._generation, self._told = clock, generation, False
         self._kept: list[_Kept] = []
         self._last: Shot | None = None  # how long it stands shows when the next one comes
         self._interval_s = 0.0
@@ -366,6 +464,11 @@ class _Gatherer:
             return True
         # Its container may have it only after much more of the other one, which waits in its sink.
         return ahead is not None and self._take(ahead, 0.0)
+
+    def begun(self) -> bool:
+        """Whether the first data have come; true once."""
+        first, self._told = not self._told and self.origin_s is not None, self._told or self.origin_s is not None
+        return first
 
     def is_ready(self) -> bool:
         """Whether all of the next snippet has come."""
@@ -397,7 +500,8 @@ class _Gatherer:
         frames, times = self._sampled(start_s + grid.offsets_s)
         begin, length = round(start_s * line.rate), round(grid.length_s * line.rate)
         samples, heard = line.read(begin, length)
-        snippet = Snippet(frames, times, samples, start_s, start_s + grid.length_s, ~np.isnan(times), heard, self._index)
+        end_s, seen = start_s + grid.length_s, ~np.isnan(times)
+        snippet = Snippet(frames, times, samples, start_s, end_s, seen, heard, self._index, self._generation)
         self._index += 1
         next_s = grid.start_s(self._index)
         line.forget(round(next_s * line.rate))
@@ -489,8 +593,17 @@ class _Gatherer:
                 frames[position], times[position] = at[-1].image, at[-1].begin_s
         return frames, times
 
+    def _resumed_s(self, running_s: float) -> float:
+        """The time of the stream at which this connection's first data were captured; snippets begin behind it."""
+        if self._clock is None:
+            return 0.0
+        age_s = max(0.0, (self.tracks.elapsed_s() or running_s) - running_s)
+        resumed_s = self._clock.stream_s(time.monotonic() - age_s)
+        self._index = int(np.ceil(resumed_s / self._grid.hop_s))
+        return resumed_s
+
     def _stream_s(self, running_s: float) -> float:
         if self.origin_s is None:
             # A file's tracks keep their distance from its beginning; what is live starts with what comes first.
-            self.origin_s = running_s if self._live else 0.0
+            self.origin_s = running_s - self._resumed_s(running_s) if self._live else 0.0
         return running_s - self.origin_s

@@ -66,6 +66,7 @@ class Source(Iterator[Frame]):
         every: each how manieth frame is wanted, the first one included; None is every one.
         change: only frames that differ from the last one given by so many levels of luma, and one every 10 s of a scene that
             stands still (see `sampling.ChangeSampler`). Only one of `fps`, `every` and `change` can be given.
+        change_floor_s: other seconds instead of those 10; math.inf for none while nothing changes.
         hardware_scaling: let a Jetson's video hardware scale (see `view.View`).
         pace: `auto` plays what is live as live and files offline; `offline` gives every frame of a file or of a test
             pattern; `realtime` plays a file at its own speed, newest frame first.
@@ -100,6 +101,7 @@ class Source(Iterator[Frame]):
         fps: float | None = None,
         every: int | None = None,
         change: float | None = None,
+        change_floor_s: float | None = None,
         hardware_scaling: bool = False,
         pace: Pace = "auto",
         first_frame_timeout_s: float = 10.0,
@@ -116,7 +118,7 @@ class Source(Iterator[Frame]):
         self._delivery = _delivery(self.uri, pace)
         self._timeouts = Timeouts(first_frame_timeout_s, stall_timeout_s)
         self._fps, self._branches, self._timing = fps, tuple(branches), timing
-        self._policy = (fps, every, change)
+        self._policy = (fps, every, change, change_floor_s)
         self._sampler = sampler_for(*self._policy)
         self._stills = _present_stills(self.uri, self._view, self._timeouts)
         self._ahead: Picture | None = None

@@ -5,18 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
 
 from keepsight.streams.backoff import Backoff, Reconnect
-from keepsight.streams.capture import Arrivals, Capture
+from keepsight.streams.capture import Arrivals
 from keepsight.streams.errors import KeepsightError, MissingComponentError, NoFrameError, UsageError
 from keepsight.streams.events import EventLog
 from keepsight.streams.faults import RefusedError, lost, silence_of
+from keepsight.streams.losses import Ledger
 from keepsight.streams.patience import Errand
 from keepsight.streams.presence import is_reachable
 from keepsight.streams.uri import SourceURI
 from keepsight.streams.watchdog import Watchdog
 
-__all__ = ["Supervisor"]
+__all__ = ["Connection", "Supervisor"]
 
 _LOOK_S = 0.05  # how often a connection is looked at
 _PROBE_S = 0.7  # between two looks at a port or a device that is not there
@@ -28,7 +30,27 @@ _TOLD_EVERY_S = 10.0  # pictures that can't be decoded may come by the hundred
 _ANSWERS = {None: "", True: ": it accepts connections, and says nothing", False: ": it can't be reached"}
 
 
-class Supervisor:
+class Connection(Protocol):
+    """What a supervisor opens and looks at: a `Capture`, or `tracks.LiveTracks`."""
+
+    @property
+    def arrivals(self) -> Arrivals: ...
+
+    @property
+    def ledger(self) -> Ledger: ...
+
+    @property
+    def unread(self) -> int: ...
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+C = TypeVar("C", bound=Connection)
+
+
+class Supervisor(Generic[C]):
     """Owns the connections of one source, one after the other. The reader takes frames from the `current` one itself.
 
     So a slow reader delays nothing here, and a frame that nobody asks for is never copied out of GStreamer.
@@ -46,7 +68,7 @@ class Supervisor:
     def __init__(
         self,
         uri: SourceURI,
-        connect: Callable[[], Capture],
+        connect: Callable[[], C],
         log: EventLog,
         *,
         reconnect: Reconnect,
@@ -61,7 +83,7 @@ class Supervisor:
         self._closing = threading.Event()
         self._look = threading.Event()  # there is something to see before the next look is due
         self._thread: threading.Thread | None = None
-        self._current: tuple[int, Capture] | None = None
+        self._current: tuple[int, C] | None = None
         self._failure: BaseException | None = None
         self._over = False
         self._lost_at: float | None = None  # when the outage began that is going on
@@ -107,7 +129,7 @@ class Supervisor:
         with self._changed:
             return self._corrupted + (0 if self._current is None else self._current[1].ledger.corrupted)
 
-    def current(self, timeout_s: float) -> tuple[int, Capture] | None:
+    def current(self, timeout_s: float) -> tuple[int, C] | None:
         """The connection that frames come from, with its generation; None if there is none within so many seconds.
 
         Raises:
@@ -164,8 +186,8 @@ class Supervisor:
         finally:
             self._retire(capture)
 
-    def _opened(self) -> Capture | None:
-        errand = Errand(self._connect, discard=Capture.close)
+    def _opened(self) -> C | None:
+        errand = Errand(self._connect, discard=lambda late: late.close())
         until = time.monotonic() + self._first_frame_s
         while not errand.wait(_LOOK_S):
             if (self.closed or time.monotonic() > until) and errand.abandon():
@@ -177,7 +199,7 @@ class Supervisor:
                 )
         return errand.result(0.0)
 
-    def _attended(self, capture: Capture) -> KeepsightError | None:
+    def _attended(self, capture: C) -> KeepsightError | None:
         """Look at a connection until it is lost."""
         began = time.monotonic()
         edge, damage = _Edge(self._uri), _Damage(capture)
@@ -235,7 +257,7 @@ class Supervisor:
         with self._changed:
             self._changed.notify_all()
 
-    def _retire(self, capture: Capture) -> None:
+    def _retire(self, capture: C) -> None:
         """Take a connection down, from a thread that may hang in it."""
         with self._changed:
             self._damaged += capture.ledger.lost
@@ -309,7 +331,7 @@ class _Edge:
 class _Damage:
     """Says when a decoder has lost pictures, now and then."""
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Connection) -> None:
         self._capture = capture
         self._told = 0
         self._next = 0.0

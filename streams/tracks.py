@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from keepsight.streams.errors import KeepsightError, SourceUnreadableError, UsageError
+from keepsight.streams.backoff import Reconnect
+from keepsight.streams.capture import Arrivals, Tap, Timeouts
+from keepsight.streams.errors import KeepsightError, SourceLostError, SourceUnreadableError, UsageError
+from keepsight.streams.events import EventLog
 from keepsight.streams.faults import fault_of, truncation_of
 from keepsight.streams.gst import launch, load_gst, require_elements, state_colorimetry
+from keepsight.streams.losses import DecoderWatch, Ledger
 from keepsight.streams.microphone import Microphone
 from keepsight.streams.pipelines import COLOURS, DECODER, FRAMES, ORIGIN, TAP, Piece, recipe_for
+from keepsight.streams.presence import check_presence
 from keepsight.streams.sampleline import TOLERANCE_S
+from keepsight.streams.supervisor import Supervisor
 from keepsight.streams.uri import SourceURI
 from keepsight.streams.view import View
+from keepsight.streams.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Chunk", "Shot", "Track", "Tracks"]
+__all__ = ["Chunk", "LiveTracks", "Shot", "Track", "Tracks", "supervisor_of"]
 
 Track = Literal["video", "audio"]
 
@@ -89,6 +96,7 @@ class Tracks:
         self._seen: set[str] = set()  # what the container holds
         self._listed = threading.Event()  # the container has named all its streams
         self._linked: set[Track] = set()
+        self._heard: list[tuple[Any, int]] = []  # what calls back: elements and handlers
         self._coming: set[Track] = set()  # an RTP stream whose decoder is not ready yet
         plan = _plan(uri, view, rate, microphone, live=live)
         require_elements(plan.elements)
@@ -174,6 +182,10 @@ class Tracks:
         """Stop. Closing twice does nothing."""
         self._closed.set()
         self._pipeline.set_state(self._gst.State.NULL)
+        # What is called back holds this object, which holds the pipeline: neither would ever be freed, nor its sockets closed.
+        while self._heard:
+            element, handler = self._heard.pop()
+            element.disconnect(handler)
 
     def __str__(self) -> str:
         return str(self._microphone if self._uri is None else self._uri)
@@ -228,13 +240,16 @@ class Tracks:
         if plan.joint == DECODER:
             self._follow(joint)
         else:
-            joint.connect("pad-added", self._on_rtp)
-        joint.connect("no-more-pads", self._on_listed)
+            self._hear(joint, "pad-added", self._on_rtp)
+        self._hear(joint, "no-more-pads", self._on_listed)
 
     def _follow(self, decoder: Any) -> None:
-        decoder.connect("pad-added", self._on_pad)
-        decoder.connect("unknown-type", self._on_unknown)
-        decoder.connect("autoplug-continue", self._on_stream)
+        self._hear(decoder, "pad-added", self._on_pad)
+        self._hear(decoder, "unknown-type", self._on_unknown)
+        self._hear(decoder, "autoplug-continue", self._on_stream)
+
+    def _hear(self, element: Any, signal: str, callback: Callable[..., Any]) -> None:
+        self._heard.append((element, element.connect(signal, callback)))
 
     def _on_listed(self, element: Any) -> None:
         self._listed.set()
@@ -270,6 +285,65 @@ class Tracks:
         self._pipeline.add(decoder)
         pad.link(decoder.get_static_pad("sink"))
         decoder.sync_state_with_parent()
+
+
+class LiveTracks(Tracks):
+    """The tracks of a live source as a connection for a `Supervisor`: what came when, and that it is lost at its end.
+
+    Pictures, where there are any, say whether it lives: a camera whose pictures stop does not because its microphone does.
+    """
+
+    def __init__(
+        self, uri: SourceURI | None, *, view: View | None, rate: int | None, microphone: Microphone | None = None
+    ) -> None:
+        super().__init__(uri, view=view, rate=rate, microphone=microphone, live=True)
+        self._decoders = DecoderWatch(self._pipeline)
+        self._taps = {track: Tap(self._gst, sink.get_static_pad("sink"), None) for track, sink in self._sinks.items()}
+
+    @property
+    def arrivals(self) -> Arrivals:
+        """What has come so far, of its pictures or of its sound."""
+        seen = "video" in self._taps and self.has("video") is not False
+        return self._taps["video" if seen else "audio"].arrivals()
+
+    @property
+    def ledger(self) -> Ledger:
+        """Which pictures the decoder has lost."""
+        return self._decoders.ledger
+
+    @property
+    def unread(self) -> int:
+        """Not known."""
+        return 0
+
+    def check(self) -> None:
+        """Raise what has gone wrong, or that a track has ended that was there."""
+        ended = any(tap.ended for tap in self._taps.values())  # before listening: its cause comes first
+        super().check()
+        if ended and not self._closed.is_set():
+            raise SourceLostError(f"{self} is lost: the stream ended.", fix="Start again.")
+
+
+def supervisor_of(
+    uri: SourceURI | None,
+    *,
+    view: View | None,
+    rate: int,
+    microphone: Microphone | None,
+    timeouts: Timeouts,
+    reconnect: Reconnect,
+    log: EventLog,
+) -> Supervisor[LiveTracks]:
+    """What keeps the tracks of a live source up, as it does the frames of a `LiveSource`; it is not started."""
+
+    def connect() -> LiveTracks:
+        if uri is not None:
+            check_presence(uri)
+        return LiveTracks(uri, view=view, rate=rate, microphone=microphone)
+
+    address = uri if uri is not None else SourceURI("appsrc", "", redacted=str(microphone))
+    watchdog = Watchdog(timeouts.stall_s, unknown_s=timeouts.first_frame_s)
+    return Supervisor(address, connect, log, reconnect=reconnect, watchdog=watchdog, first_frame_s=timeouts.first_frame_s)
 
 
 class _Marker:

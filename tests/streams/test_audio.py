@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import wave
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keepsight.streams import MissingComponentError, SourceNotFoundError, SourceUnreadableError, UsageError, tracks
+from keepsight.streams import (
+    KeepsightError,
+    MissingComponentError,
+    Reconnect,
+    SourceLostError,
+    SourceNotFoundError,
+    SourceUnreadableError,
+    UsageError,
+    tracks,
+)
 from keepsight.streams.audio import Audio
 from keepsight.streams.gst import load_gst
 from keepsight.streams.microphone import Microphone
@@ -166,6 +176,39 @@ def test_a_test_source_ticks(gst: Any) -> None:
     assert pieces[0].start_s == 0 and audio.is_live
     for before, after in itertools.pairwise(pieces):
         assert after.start_s == pytest.approx(before.start_s + len(before.samples) / 16000)
+
+
+def test_sound_goes_on_after_a_loss_and_so_does_its_time(rtsp_server: Any) -> None:
+    with Audio(rtsp_server.url("/talk"), reconnect=Reconnect()) as audio:
+        pieces = [next(audio) for _ in range(20)]
+        rtsp_server.stop()
+        time.sleep(1.2)
+        rtsp_server.start()
+        while pieces[-1].generation == 0 or len(pieces) < 60:
+            pieces.append(next(audio))
+        states = [event.state for event in audio.events]
+    ends = [piece.start_s + len(piece.samples) / 16000 for piece in pieces]
+    gaps = [after.start_s - end for end, after in zip(ends, pieces[1:], strict=False)]
+    cut = [piece.generation for piece in pieces].index(1)
+    assert gaps[cut - 1] > 1.0 and np.abs(np.delete(gaps, cut - 1)).max() < 1e-6
+    assert states[:3] == ["connecting", "live", "lost"] and states[-1] == "live" == audio.state
+    assert audio.silence < 16000  # the outage is no silence
+
+
+def test_without_reconnect_a_loss_is_an_error_and_an_event(rtsp_server: Any) -> None:
+    with Audio(rtsp_server.url("/talk")) as audio:
+        next(audio)
+        rtsp_server.stop()
+        with pytest.raises(SourceLostError):
+            list(audio)
+    assert [event.state for event in audio.events] == ["live", "lost"]
+
+
+def test_a_microphone_that_is_not_there_yet_is_waited_for() -> None:
+    with Audio("pulse://nobody", reconnect=Reconnect(at_start="wait", give_up_after_s=1.0)) as audio:
+        with pytest.raises(KeepsightError):
+            next(audio)
+        assert audio.state == "lost"
 
 
 BAD = [

@@ -162,9 +162,10 @@ def test_lost_packets_of_a_camera_are_counted_and_told_and_no_error(gst: Any) ->
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     sender = gst.parse_launch(
-        "videotestsrc is-live=true pattern=ball ! video/x-raw,format=I420,width=160,height=120,framerate=30/1 "
-        "! x264enc tune=zerolatency speed-preset=ultrafast key-int-max=30 ! rtph264pay config-interval=-1 "
-        f"! identity drop-probability=0.1 ! udpsink host=127.0.0.1 port={port}"
+        "videotestsrc is-live=true pattern=snow ! video/x-raw,format=I420,width=160,height=120,framerate=30/1 "
+        "! x264enc tune=zerolatency speed-preset=ultrafast key-int-max=30 ! video/x-h264,stream-format=byte-stream "
+        "! rtph264pay config-interval=-1 mtu=600 "
+        f"! breakmydata name=noise skip=20000 probability=0.001 seed=1 ! udpsink host=127.0.0.1 port={port}"
     )
     sender.set_state(gst.State.PLAYING)
     try:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepsight.streams import Sampler, Source, UsageError, write_video
+from keepsight.streams import LiveSource, Sampler, Source, UsageError, write_video
 from keepsight.streams.sampling import ChangeSampler
 
 
@@ -120,6 +120,21 @@ def test_a_file_is_sampled_on_change(tmp_path: Path) -> None:
     write_video(tmp_path / "cuts.mp4", (np.full((48, 64, 3), grey, np.uint8) for grey in scenes), fps=10)
     frames = list(Source(tmp_path / "cuts.mp4", change=5))
     assert [round(frame.time_s, 1) for frame in frames] == [0, 2, 4]
+    often = [round(frame.time_s, 1) for frame in Source(tmp_path / "cuts.mp4", change=5, change_floor_s=1.5)]
+    assert often == [0, 1.5, 2, 3.5, 4, 5.5]
+
+
+def test_a_scene_that_stands_still_is_shown_every_ten_seconds_or_as_asked(tmp_path: Path) -> None:
+    np.save(tmp_path / "still.npy", np.full((25, 8, 8, 3), 90, np.uint8))
+    for floor_s, seconds in ((None, [0, 10, 20]), (4.0, [0, 4, 8, 12, 16, 20, 24]), (float("inf"), [0])):
+        frames = Source(tmp_path / "still.npy", change=5, change_floor_s=floor_s)
+        assert [frame.time_s for frame in frames] == seconds
+
+
+def test_a_camera_takes_the_floor_too() -> None:
+    with LiveSource("test://black?fps=30", size=(8, 8), change=5, change_floor_s=0.2) as source:
+        times = [next(source).time_s for _ in range(4)]
+    assert np.diff(times) == pytest.approx([0.2] * 3, abs=0.19) and times[-1] >= 0.6 - 0.003
 
 
 BAD = [
@@ -128,6 +143,9 @@ BAD = [
     ({"change": 0}, "change=0"),
     ({"change": float("nan")}, "change=nan"),
     ({"fps": 1, "every": 2}, "fps and every"),
+    ({"change": 3, "change_floor_s": 0.0}, "change_floor_s=0"),
+    ({"change": 3, "change_floor_s": float("nan")}, "change_floor_s=nan"),
+    ({"fps": 1, "change_floor_s": 5.0}, "change_floor_s= is for"),
 ]
 
 

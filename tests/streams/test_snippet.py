@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import itertools
 import time
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -13,9 +15,11 @@ import numpy as np
 import pytest
 
 import keepsight.streams.snippet as snippet_module
-from keepsight.streams import SourceLostError, SourceUnreadableError, UsageError, tracks
+from keepsight.streams import Reconnect, SourceLostError, SourceNotFoundError, SourceUnreadableError, UsageError, tracks
 from keepsight.streams.capture import Timeouts
 from keepsight.streams.snippet import Snippet, Snippets
+from keepsight.streams.uri import SourceURI
+from keepsight.streams.view import View
 
 SECONDS = 20.0
 
@@ -225,6 +229,60 @@ def test_a_network_camera_without_sound_is_an_error_or_padding(rtsp_server: Any)
     assert snippet.padded_frames == 0 and snippet.padded_samples == 8000
 
 
+def test_pictures_and_sound_of_a_camera_go_on_after_a_loss_and_so_does_their_time(rtsp_server: Any) -> None:
+    snippets = Snippets(rtsp_server.url("/talk"), length_s=0.5, frames=4, size=(16, 12), reconnect=Reconnect())
+    with snippets:
+        before = [next(snippets) for _ in range(3)]
+        begun = time.monotonic() - before[-1].end  # near enough: when the stream began
+        rtsp_server.stop()
+        time.sleep(1.5)
+        rtsp_server.start()
+        after = [next(snippets) for _ in range(6)]
+        now_s = time.monotonic() - begun
+        states = [event.state for event in snippets.events]
+    known = [*before, *after]
+    assert {snippet.generation for snippet in known} == {0, 1} and states[:3] == ["connecting", "live", "lost"]
+    assert states[-1] == "live"
+    assert all(later.index > sooner.index for sooner, later in itertools.pairwise(known))
+    assert all(snippet.start == pytest.approx(0.5 * snippet.index) for snippet in known)
+    resumed = [snippet for snippet in after if snippet.generation == 1]
+    assert resumed[0].start > before[-1].end + 1.0  # the outage is in the times
+    assert resumed[-1].end == pytest.approx(now_s, abs=1.0)
+    assert all(snippet.padded_frames == 0 and snippet.padded_samples < 1600 for snippet in resumed[1:])
+
+
+def test_what_was_never_there_fails_at_once_or_is_waited_for(rtsp_server: Any) -> None:
+    url = rtsp_server.url("/talk")
+    rtsp_server.stop()
+    with pytest.raises(SourceNotFoundError):
+        next(Snippets(url, length_s=0.5, frames=2, reconnect=Reconnect()))
+    with Snippets(url, length_s=0.5, frames=2, size=(16, 12), reconnect=Reconnect(at_start="wait")) as snippets:
+        time.sleep(0.5)
+        assert snippets.state in ("connecting", "lost")
+        rtsp_server.start()
+        assert next(snippets).generation == 0
+
+
+def test_connections_that_are_over_are_freed(rtsp_server: Any) -> None:
+    def connection() -> Any:
+        opened = tracks.LiveTracks(SourceURI.parse(rtsp_server.url("/talk")), view=View((16, 12)), rate=16000)
+        until = time.monotonic() + 10
+        while time.monotonic() < until and not opened.has("audio"):
+            opened.pull_shot(0.05)
+        pipeline = opened._pipeline.weak_ref()
+        opened.close()
+        return pipeline
+
+    over = [connection() for _ in range(3)]
+    gc.collect()
+    assert [pipeline() for pipeline in over] == [None] * 3
+
+
+def test_a_file_can_not_be_lost(media: Path) -> None:
+    with pytest.raises(UsageError, match="is not live"):
+        Snippets(media / "long_sound.mp4", length_s=1.0, frames=2, reconnect=Reconnect())
+
+
 def test_a_camera_that_dies_is_lost(rtsp_server: Any) -> None:
     with Snippets(rtsp_server.url("/talk"), length_s=0.5, frames=2, size=(16, 12)) as snippets:
         next(snippets)
@@ -232,3 +290,4 @@ def test_a_camera_that_dies_is_lost(rtsp_server: Any) -> None:
         with pytest.raises(SourceLostError):
             for _ in range(100):
                 next(snippets)
+    assert [event.state for event in snippets.events] == ["live", "lost"] and "lost" in snippets.events[-1].reason
