@@ -109,6 +109,7 @@ class Llama:
             self.close()
             raise
         self._memory = C.llama_get_memory(self._context)
+        self.n_threads = n_threads
         self._vocabulary = C.llama_model_get_vocab(self._model)
         self.architecture = self._metadata("general.architecture")
         self.n_embd: int = C.llama_model_n_embd_inp(self._model)
@@ -134,6 +135,45 @@ class Llama:
     def closed(self) -> bool:
         """Whether `close` has run."""
         return self._model is None
+
+    @property
+    def position_bytes(self) -> int:
+        """About what a position of the context takes: its keys and values of all layers, in F16."""
+        width = C.llama_model_n_embd(self._model) // C.llama_model_n_head(self._model) * C.llama_model_n_head_kv(self._model)
+        return int(2 * 2 * C.llama_model_n_layer(self._model) * width)
+
+    # What may change while the model stays loaded
+
+    def set_threads(self, count: int) -> None:
+        """Computes with so many CPU threads from the next call on."""
+        C.llama_set_n_threads(self._context, count, count)
+        self.n_threads = count
+
+    def resize(self, n_ctx: int) -> None:
+        """Opens another, empty context over the loaded model; the memory of the old one is given back first.
+
+        Raises:
+            LLMError: the model was not trained for so many positions; there is no room, and the old context, opened again, is
+                empty. If there is no room for that one either, everything is closed.
+        """
+        self._check_kind(n_ctx)
+        before, n_batch, n_sequences = self.n_ctx, self.n_batch, self.n_sequences
+        C.llama_free(self._context)
+        self._context = None
+        try:
+            try:
+                self._context = self._open_context(n_ctx, self.n_threads, n_batch, n_sequences)
+            except LLMError:
+                self._context = self._open_context(before, self.n_threads, n_batch, n_sequences)
+                raise
+        except BaseException:
+            if self._context is None:
+                self.close()
+            raise
+        finally:
+            if self._context is not None:
+                self._memory = C.llama_get_memory(self._context)
+                self.n_ctx = C.llama_n_ctx(self._context)
 
     # Text
 

@@ -185,7 +185,6 @@ class LLM:
         self._seed = seed
         self._table: GGUFMatrix | None = None
         self._pieces: dict[int, bytes] = {}
-        self.n_threads = threads
         if self_check:
             try:
                 self.check_embeddings()
@@ -230,6 +229,47 @@ class LLM:
     def n_batch(self) -> int:
         """Rows decoded by one call."""
         return self._llama.n_batch
+
+    @property
+    def n_threads(self) -> int:
+        """CPU threads."""
+        return self._llama.n_threads
+
+    @property
+    def position_bytes(self) -> int:
+        """About what a position of the context takes."""
+        return self._llama.position_bytes
+
+    @property
+    def newest_prefill(self) -> Prefill | None:
+        """What the last prompt took; None before the first."""
+        return self._sequences.newest
+
+    # What may change while the model stays loaded
+
+    def set_threads(self, count: int) -> None:
+        """Computes with so many CPU threads from the next call of llama.cpp on, also in answers that are open.
+
+        Raises:
+            UsageError: fewer than 1.
+        """
+        if count < 1:
+            raise UsageError(f"n_threads={count}.", fix="It must be at least 1.")
+        with self._sequences.lock:
+            self._sequences.check_open()
+            self._llama.set_threads(count)
+
+    def resize(self, n_ctx: int) -> bool:
+        """Opens a context of another size over the loaded model: a smaller one gives memory back. The kept prompt is forgotten.
+
+        Returns:
+            False, and nothing has changed, if an answer is open: it has its state in the context. Try again when it is read.
+
+        Raises:
+            LLMError: the model was not trained for so many positions, or there is no memory; the context is then as large as
+                it was, or, if there is no memory even for that, the model is closed.
+        """
+        return self._sequences.resize(n_ctx)
 
     # What a prompt is made of
 

@@ -26,7 +26,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 _ALIGNMENT = 256  # of every address that TensorRT is given (IExecutionContext.set_tensor_address)
 
-_TURNS = 2  # places that an input comes from in turn, each with a CUDA graph
+_TURNS = 2  # places that an input comes from in turn, each with a CUDA graph: a bank's two halves
 
 _NUMPY_OF_TENSORRT = {
     "FLOAT": np.float32,
@@ -144,7 +144,7 @@ class TensorRTEngine:
         self.path, self._plan, self._stream, self._graphs = plan.path, plan, stream, cuda_graphs
         self.clock: AbstractContextManager[Any] = nullcontext()
         self._log: TensorRTLog = log_of(plan.trt)
-        self._closed = False
+        self._closed, self._turns = False, _TURNS
         self._own_scratch: int | None = None
         self._buffers: dict[str, DeviceBuffer] = dict(buffers or {})
         self._lent = frozenset(self._buffers)
@@ -216,6 +216,10 @@ class TensorRTEngine:
             buffer.fill(array)
             self._stream.synchronize()
         return self._tensor(buffer, array.shape, self.inputs[name])
+
+    def read_in_turns(self, *, by: int) -> None:
+        """Keep so many CUDA graphs more: its inputs come from as many more places in turn, those of another bank."""
+        self._turns += by
 
     @contextmanager
     def profiled(self, profiler: Any) -> Iterator[None]:
@@ -293,7 +297,7 @@ class TensorRTEngine:
         if has_run and self._graphs and graph is None:
             graph = self._capture(bucket)
         bucket.graphs[place] = graph
-        bucket.forget_graphs(but=_TURNS)
+        bucket.forget_graphs(but=self._turns)
         if graph is not None:
             graph.launch()
         else:

@@ -16,6 +16,7 @@ from keepsight.streams.bicubic import scaled
 from keepsight.streams.errors import KeepsightError, SourceUnreadableError
 from keepsight.streams.faults import fault_of, lost, silence_of, truncation_of
 from keepsight.streams.gst import BRANCH_PREFIX, is_inside, load_gst, pixel_aspect, sample_to_array
+from keepsight.streams.losses import DecoderWatch, Ledger
 from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Branch, Delivery, build, recipe_for
 from keepsight.streams.ring import FrameRing
 from keepsight.streams.sampling import TimeSampler
@@ -125,9 +126,11 @@ class Capture:
         self._serial = 0  # of the last frame read, as the tap counts them
         self.dropped = 0
         self.ring = FrameRing()
+        self._branches, self._closing = tuple(branches), threading.Lock()
         self._pipeline = build(recipe_for(uri, view, delivery, branches))
         self._sink = self._pipeline.get_by_name(FRAMES)
         self._bus = self._pipeline.get_bus()
+        self._decoders = DecoderWatch(self._pipeline)
         self._tap = _Tap(self._gst, self._pipeline.get_by_name(TAP).get_static_pad("sink"), sampler)
         if timing is not None:
             timing.attach(self._pipeline)
@@ -184,6 +187,11 @@ class Capture:
         return self._tap.arrivals()
 
     @property
+    def ledger(self) -> Ledger:
+        """Which pictures the decoder has lost so far, whoever reads them."""
+        return self._decoders.ledger
+
+    @property
     def unread(self) -> int:
         """Frames that have been replaced by newer ones since the last one that was read."""
         return max(0, self._tap.arrived - self._serial - 1)
@@ -196,10 +204,17 @@ class Capture:
         return self._duration_s
 
     def close(self) -> None:
-        """Stop; a `next` that waits in another thread returns None. Closing twice does nothing."""
+        """Stop; a `next` that waits in another thread returns None. Closing twice does nothing.
+
+        A recorder has a second to write what it holds.
+        """
         self._closed.set()
-        self._tap.remove()
-        self._pipeline.set_state(self._gst.State.NULL)
+        with self._closing:  # whoever closes it a second time must not stop it while a branch still writes
+            for branch in self._branches:
+                if branch.finish is not None:
+                    branch.finish(self._pipeline)
+            self._tap.remove()
+            self._pipeline.set_state(self._gst.State.NULL)
 
     def _listen(self) -> None:
         """Empty the bus, which would otherwise grow for as long as a stream plays, and keep its first error."""
@@ -278,28 +293,32 @@ class Capture:
             raise self._lost_by_end()
         if self._uri.is_camera:
             return
-        missing = self._shortfall()
-        if missing is not None:
-            raise SourceUnreadableError(
-                f"{self._uri} is truncated: {missing} are there.", fix="Copy or download it again."
-            )
+        again = "Copy or download it again."
+        missing_bytes, played = truncation_of(self._uri), self._played_short()
+        if missing_bytes is not None:
+            there = missing_bytes if played is None else f"{played} ({missing_bytes})"
+            raise SourceUnreadableError(f"{self._uri} is truncated: {there} are there.", fix=again)
+        ledger = self.ledger
+        if ledger.lost and self._tap.arrived:
+            how_many = f"{ledger.lost} of its {ledger.total} pictures can't be decoded"
+            how_many += f"; {played} are there" if self._missing_s() > _DURATION_SLACK_S else ""
+            raise SourceUnreadableError(f"{self._uri} is damaged: {how_many}.", fix=again)
+        if played is not None and self._stream_count() == 1 and self._missing_s() > _DURATION_SLACK_S:
+            # Sound may honestly outlast the pictures, so a short video says something only when it is alone.
+            raise SourceUnreadableError(f"{self._uri} is truncated: {played} are there.", fix=again)
         if self._tap.arrived == 0:
             raise SourceUnreadableError(
                 f"{self._uri} has no picture in it that can be decoded.",
                 fix="It may be damaged: try to play it elsewhere.",
             )
 
-    def _shortfall(self) -> str | None:
-        duration, end = self.duration_s(), self._tap.end_s
-        played = f"{end:.1f} of {duration:.1f} s" if duration is not None else None
-        missing_bytes = truncation_of(self._uri)
-        if missing_bytes is not None:
-            shorter = duration is not None and end < duration - 0.05
-            return f"{played} ({missing_bytes})" if shorter else missing_bytes
-        # Sound may honestly outlast the pictures, so a short video says something only when it is alone.
-        if duration is None or self._stream_count() != 1 or duration - end <= _DURATION_SLACK_S:
-            return None
-        return played
+    def _missing_s(self) -> float:
+        duration = self.duration_s()
+        return 0.0 if duration is None else duration - self._tap.end_s
+
+    def _played_short(self) -> str | None:
+        """How much of a file was played, if that is less than its container states."""
+        return f"{self._tap.end_s:.1f} of {self.duration_s():.1f} s" if self._missing_s() > 0.05 else None
 
     def _stream_count(self) -> int:
         decoder = self._pipeline.get_by_name(DECODER)

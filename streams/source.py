@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +78,7 @@ class Source(Iterator[Frame]):
         UsageError: an address or an option that makes no sense.
         SourceNotFoundError: no such file or device; while iterating: a host or a path that can't be reached.
         SourceUnreadableError: empty, not a video, no video in it, no decoder, a `.npy` of something else; while
-            iterating: truncated (after all the frames that are there).
+            iterating: truncated, or damaged so that pictures can't be decoded (after all the frames that are there).
         NoFrameError: while iterating: no first frame in time.
         SourceLostError: while iterating: a live source ended or stalled.
         MissingComponentError: GStreamer or one of its elements is not installed.
@@ -122,7 +123,8 @@ class Source(Iterator[Frame]):
         self._epoch_s: float | None = None
         self._time_s = 0.0
         self._delivered = 0
-        self._rounds, self._offset_s, self._dropped = 1, 0.0, 0  # of a file that is played over and over
+        self._rounds, self._offset_s = 1, 0.0  # of a file that is played over and over
+        self._drops: Counter[str] = Counter()  # of its rounds that are over
         self._before_s: float | None = None
         self._played_to_s: float | None = None
 
@@ -132,9 +134,22 @@ class Source(Iterator[Frame]):
         return self._delivery == "newest"
 
     @property
+    def drops(self) -> Counter[str]:
+        """Frames that came and were not handed over, by cause (see `live.Drop`): `replaced` and `damaged`."""
+        drops = Counter(self._drops)
+        drops["replaced"] += 0 if self._reader is None else self._reader.dropped
+        drops["damaged"] += self._reader.ledger.lost if isinstance(self._reader, Capture) else 0
+        return drops
+
+    @property
     def dropped(self) -> int:
-        """Frames that a newer one replaced before they were read. Those that a sampling policy leaves out are not."""
-        return self._dropped + (0 if self._reader is None else self._reader.dropped)
+        """The sum of `drops`. What a sampling policy leaves out is no drop."""
+        return self.drops.total()
+
+    @property
+    def corrupted(self) -> int:
+        """Frames that were handed over although the decoder had marked them as damaged; few decoders do either."""
+        return self._reader.ledger.corrupted if isinstance(self._reader, Capture) else 0
 
     @property
     def arrivals(self) -> Arrivals | None:
@@ -244,7 +259,7 @@ class Source(Iterator[Frame]):
             if self._closed or self._reader is None:
                 return None
             self._reader.close()
-            self._dropped += self._reader.dropped
+            self._drops = self.drops
             self._reader = None
             if self._stills is not None:  # what was closed stays closed
                 self._stills = _present_stills(self.uri, self._view, self._timeouts)

@@ -18,7 +18,7 @@ from .made_reports import Made
 
 @pytest.fixture(scope="module")
 def reports() -> list[Profile]:
-    return [Made(seed=seed).profile() for seed in range(3)]
+    return [Made(seed=seed, sensors=True).profile() for seed in range(3)]
 
 
 def test_samples_follow_each_other_and_every_run_is_told_apart(reports: list[Profile]) -> None:
