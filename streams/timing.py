@@ -18,7 +18,7 @@ __all__ = ["PictureTimes", "PipelineTiming"]
 
 # Pictures on their way at once: queues and decoders hold tens. Those that a sampler refused are forgotten as newer ones come.
 _KEPT = 512
-_NO_TIME = -1
+_INSIDE = 64  # in a decoder alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +69,12 @@ class _Moments:
     def __init__(self) -> None:
         self._at: dict[int, float] = {}
 
-    def note(self, pts: int, *, first: bool = False) -> None:
+    def note(self, pts: int, now: float, *, first: bool = False) -> None:
         at = self._at
         if first and pts in at:
             return
         at.pop(pts, None)  # so that what is seen again is the newest
-        at[pts] = perf_counter()
+        at[pts] = now
         if len(at) > _KEPT:
             del at[next(iter(at))]
 
@@ -100,7 +100,10 @@ class PipelineTiming:
     def _clear(self) -> None:
         self.decodes = False
         self._entered, self._decoded, self._scaling, self._scaled = (_Moments() for _ in range(4))
-        self._behind: deque[tuple[float, float]] = deque(maxlen=_KEPT)
+        self._room = 0  # pictures that the sink holds before it stops the decoder's thread; 0 = it never does
+        self._arrived = self._read = 0
+        self._behind: deque[tuple[int, float, float]] = deque(maxlen=_INSIDE)  # which arrival, decoded when, scaled when
+        self._takes: deque[float] = deque(maxlen=_KEPT)
         self._done: dict[int, PictureTimes] = {}
 
     def attach(self, pipeline: Any) -> None:
@@ -110,12 +113,13 @@ class PipelineTiming:
         gst = load_gst()
         tap, sink = pipeline.get_by_name(TAP), pipeline.get_by_name(FRAMES)
         _on_buffers(gst, tap.get_static_pad("sink"), self._decoded.note)
-        _on_buffers(gst, sink.get_static_pad("sink"), self._scaled.note)
         if tap.get_factory().get_name() == "queue":  # a thread of its own scales
             _on_buffers(gst, tap.get_static_pad("src"), self._scaling.note)
+            _on_buffers(gst, sink.get_static_pad("sink"), self._scaled.note)
         else:
             self._scaling = self._decoded
-            self._watch_sink(gst, sink)
+            self._room = 0 if sink.get_property("drop") else sink.get_property("max-buffers")
+            _on_buffers(gst, sink.get_static_pad("sink"), self._arrives)
         elements = pipeline.iterate_recurse()
         while True:
             result, element = elements.next()
@@ -126,6 +130,8 @@ class PipelineTiming:
 
     def taken(self, pts: int | None, taken: float, copied: float, done: float) -> None:
         """The reader has a picture: it took, copied, and finished it at these moments."""
+        self._takes.append(taken)
+        self._read += 1
         times = None if pts is None else self._times(pts, taken, copied, done)
         if times is None or pts is None:
             self.unmatched += 1
@@ -145,13 +151,29 @@ class PipelineTiming:
             return None
         return PictureTimes(entered, decoded, scaling, scaled, taken, copied, done, 1000 * self._held_s(entered, decoded))
 
+    def _arrives(self, pts: int, now: float) -> None:
+        began = self._decoded.of(pts)
+        self._scaled.note(pts, now)
+        if began is not None:
+            self._behind.append((self._arrived, began, now))
+        self._arrived += 1
+
     def _held_s(self, entered: float, decoded: float) -> float:
-        held = 0.0
-        for start, end in reversed(self._behind.copy()):
+        """Seconds that the decoder's thread was behind the decoder between two moments: scaling, or stopped by a full sink."""
+        held, next_start = 0.0, decoded
+        for number, start, scaled in reversed(self._behind.copy()):
+            end = min(max(scaled, self._let_in(number)), next_start)  # the reader's clock runs a little behind the thread
             if end < entered:
                 break
-            held += max(0.0, min(end, decoded) - max(start, entered))
+            held += max(0.0, end - max(start, entered))
+            next_start = min(start, decoded)
         return held
+
+    def _let_in(self, number: int) -> float:
+        """When a full sink had room for an arrival: when so many pictures before it were taken as it does not hold."""
+        take = number - self._room  # which take, of all
+        index = take - (self._read - len(self._takes))
+        return self._takes[index] if self._room and take >= 0 and 0 <= index < len(self._takes) else 0.0
 
     def _watch_decoder(self, gst: Any, element: Any) -> None:
         factory = element.get_factory()
@@ -162,30 +184,13 @@ class PipelineTiming:
         if pad is not None:
             self.decodes = True
             # Of a decoder within a decoder, the outer one's moment counts.
-            _on_buffers(gst, pad, lambda pts: self._entered.note(pts, first=True))
-
-    def _watch_sink(self, gst: Any, sink: Any) -> None:
-        """Note from when to when the decoder's thread is behind the decoder: scaling, or stopped by a sink that is full."""
-        newest = _NO_TIME
-
-        def arrived(pts: int) -> None:
-            nonlocal newest
-            newest = pts
-
-        def let_in(_sink: Any) -> Any:
-            began = self._decoded.of(newest)
-            if began is not None:
-                self._behind.append((began, perf_counter()))
-            return gst.FlowReturn.OK
-
-        _on_buffers(gst, sink.get_static_pad("sink"), arrived)
-        sink.set_property("emit-signals", True)
-        sink.connect("new-sample", let_in)
+            _on_buffers(gst, pad, lambda pts, now: self._entered.note(pts, now, first=True))
 
 
 def _on_buffers(gst: Any, pad: Any, note: Any) -> None:
     def on_buffer(_pad: Any, info: Any) -> Any:
-        note(info.get_buffer().pts)
+        now = perf_counter()  # before the bindings take their time
+        note(info.get_buffer().pts, now)
         return gst.PadProbeReturn.OK
 
     pad.add_probe(gst.PadProbeType.BUFFER, on_buffer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ def commands(app: typer.Typer) -> None:
     group.command("run")(run)
     group.command("compare")(compare)
     group.command("merge")(merge)
+    group.command("schema")(schema)
     app.add_typer(group, name="profile")
 
 
@@ -116,6 +118,13 @@ def merge(
 
     _refuse_unwritable(out)
     write_profile(merging.merge([read_profile(report) for report in reports]), out)
+
+
+def schema() -> None:
+    """The JSON schema of a report."""
+    from keepsight.runtime.profiling import report
+
+    typer.echo(json.dumps(report.schema(), indent=2))
 
 
 def _refuse_unwritable(path: Path | None) -> None:

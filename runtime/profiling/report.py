@@ -76,7 +76,8 @@ class Stage(_Part):
 
     Attributes:
         name: one of `FRAME_STAGES` or `QUESTION_STAGES`; `capture_age`, `frame`, `answer`, `time_to_first_token`, `token`; a
-            graph's own name for what is inside a stage (`visual_kv`, `bank`).
+            graph's own name for what is inside a stage (`visual_kv`; `answer_graph` where a stage has the name), with `_device`
+            behind it what CUDA events say; `bank`; `llama_prefill` and `llama_tokens`, as llama.cpp itself timed them.
         path: whose it is: a frame's, or a question's.
         inside: the stage that it is part of, if it is no link of the path's chain.
         clock: `host`, or `device` for CUDA events.

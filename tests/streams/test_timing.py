@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from keepsight.streams import Source
+from keepsight.streams import timing as timing_module
 from keepsight.streams.timing import _KEPT, PictureTimes, PipelineTiming, _Moments
 
 
@@ -106,28 +107,51 @@ def test_a_picture_of_which_a_point_was_missed_is_counted_not_guessed() -> None:
     assert timing.of(40) is None and timing.of(None) is None and timing.unmatched == 2
 
 
-def test_without_timing_the_pipeline_has_nothing_of_it(reordered: Path) -> None:
+def test_without_timing_the_pipeline_has_no_probe_of_it(reordered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put: list[Any] = []
+    plain = timing_module._on_buffers
+    monkeypatch.setattr(timing_module, "_on_buffers", lambda *words: (put.append(words), plain(*words)))
     with Source(reordered, size=(64, 48)) as source:
         next(source)
-        sink = source._reader._sink  # type: ignore[union-attr]
-        assert not sink.get_property("emit-signals")
+    assert put == []
     with Source(reordered, size=(64, 48), timing=PipelineTiming()) as source:
         next(source)
-        assert source._reader._sink.get_property("emit-signals")  # type: ignore[union-attr]
+    assert len(put) == 3  # before the decoder, behind it, at the end
 
 
 def test_of_a_decoder_within_a_decoder_the_outer_ones_moment_counts() -> None:
     moments = _Moments()
-    moments.note(40, first=True)
-    outer = moments.of(40)
-    moments.note(40, first=True)  # the inner one gets it later
-    assert outer is not None and moments.of(40) == outer
-    moments.note(40)
-    assert moments.of(40) > outer  # type: ignore[operator]
+    moments.note(40, 1.0, first=True)
+    moments.note(40, 2.0, first=True)  # the inner one gets it later
+    assert moments.of(40) == 1.0
+    moments.note(40, 3.0)
+    assert moments.of(40) == 3.0
 
 
 def test_the_oldest_moments_are_forgotten() -> None:
     moments = _Moments()
     for pts in range(_KEPT + 3):
-        moments.note(pts)
+        moments.note(pts, float(pts))
     assert [moments.of(pts) is None for pts in (0, 2, 3, _KEPT + 2)] == [True, True, False, False]
+
+
+def test_a_full_sink_holds_the_decoders_thread_until_a_picture_was_taken() -> None:
+    """Room for two: the third and the fourth to arrive stand before the sink until the first and the second were taken."""
+    timing = PipelineTiming()
+    timing.decodes, timing._room, timing._scaling = True, 2, timing._decoded
+    # All go into the decoder at 0 s. Scaling takes 1 s each, and the first two pictures are taken at 10 s and at 20 s.
+    decoded = {0: 1.0, 1: 3.0, 2: 5.0, 3: 11.0, 4: 21.0}
+    found = {}
+    takes = iter([10.0, 20.0, 30.0, 40.0, 50.0])
+    for pts, moment in decoded.items():
+        timing._entered.note(pts, 0.0)
+        timing._decoded.note(pts, moment)
+        timing._arrives(pts, moment + 1)
+        if pts >= 2:
+            timing.taken(pts - 2, taken := next(takes), taken, taken)
+            found[pts - 2] = timing.of(pts - 2)
+    for pts in (3, 4):
+        timing.taken(pts, taken := next(takes), taken, taken)
+        found[pts] = timing.of(pts)
+    held = {pts: times.held_ms / 1000 for pts, times in found.items() if times is not None}
+    assert held == pytest.approx({0: 0, 1: 1, 2: 2, 3: 2 + 5, 4: 2 + 5 + 9})

@@ -22,6 +22,7 @@ from keepsight.runtime.profiling.device_clock import DeviceClock
 from keepsight.runtime.profiling.graphs import GraphTimes, timed
 from keepsight.runtime.profiling.layers import block_of, layer_times
 from keepsight.runtime.profiling.load import Loaded, Setup
+from keepsight.runtime.profiling.run import Options, profile
 from keepsight.runtime.session import Session
 from keepsight.runtime.tensorrt_build import build_engines
 from keepsight.runtime.tensorrt_engine import TensorRTEngine, load_plan
@@ -164,6 +165,30 @@ def test_a_profile_has_the_layers_of_every_engine_that_ran(bundle: Bundle, strea
     on_cpu = Loaded(Setup("random"), bundle, session, open_engines(bundle), None, None, [])
     assert layer_times(on_cpu, str(tmp_path / "frames.npy")) == []
     on_cpu.engines.close()
+
+
+def test_a_whole_profile_on_tensorrt_has_device_times_layers_and_what_the_system_takes(
+    bundle: Bundle, driver: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = fake_tensorrt()
+    monkeypatch.setattr("keepsight.runtime.backends.import_tensorrt", lambda: trt)
+    monkeypatch.setattr("keepsight.runtime.backends.this_target", lambda trt: ORIN)
+    np.save(tmp_path / "frames.npy", random_frames(6))
+    setup = Setup(str(bundle.path), backend="tensorrt", urgent=True)
+    found = profile(Options(setup, str(tmp_path / "frames.npy"), frames=4, warmup=2, runs=2, sensor_hz=20))
+    assert found.machine.gpu == "Orin" and driver.keepsight_priority() == -5
+    on_device = {stage.name: stage for stage in found.stages if stage.clock == "device"}
+    inside = {"vision_device": "vision", "visual_kv_device": "memory", "memory_graph_device": "memory"}
+    assert {name: stage.inside for name, stage in on_device.items()} == inside
+    for name, stage in on_device.items():
+        host = found.stage(inside[name])
+        assert host is not None and len(stage.samples) == 8
+        assert all(0 < ms <= whole for ms, whole in zip(stage.samples, host.samples, strict=True))
+    names = [(stage.name, stage.path) for stage in found.stages]
+    assert len(set(names)) == len(names)
+    assert {"vision", "visual_kv", "memory"} <= {layer.engine for layer in found.layers}
+    assert "system, GPU included" in {use.component for use in found.memory}
+    assert any("goes before the language model's" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

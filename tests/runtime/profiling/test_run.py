@@ -271,6 +271,11 @@ def test_the_command_writes_a_report_and_prints_json_alone(bare: Path, clip: Pat
     assert shown.returncode == 0 and "vision" in shown.stdout and "ms" in shown.stdout
 
 
+def test_the_schema_is_printed() -> None:
+    done = CliRunner().invoke(app, ["profile", "schema"])
+    assert done.exit_code == 0 and json.loads(done.stdout) == schema()
+
+
 def test_two_reports_are_compared_by_the_command_and_its_exit_code_tells(tmp_path: Path) -> None:
     write_profile(Made(seed=1).profile(), tmp_path / "a.json")
     write_profile(Made(seed=2, factors={"vision": 1.5}).profile(), tmp_path / "b.json")
