@@ -71,7 +71,8 @@ def split_page(page: str) -> tuple[list[Block], str]:
     """The fenced blocks, and the page with a blank line in the place of every line of theirs."""
     blocks: list[Block] = []
     prose: list[str] = []
-    start, info, lines = 0, "", []
+    lines: list[str] = []
+    start, info = 0, ""
     for number, line in enumerate(page.splitlines(), 1):
         if line.startswith("```"):
             if start:
@@ -633,7 +634,7 @@ def test_an_image_copies_what_is_there_and_what_its_build_needs(dockerfile: Path
                 place = tmp_path / (target if len(origins) == 1 else f"{target}/{Path(origin).name}")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 copy = shutil.copytree if (ROOT / origin).is_dir() else shutil.copy
-                copy(ROOT / origin, place)  # type: ignore[operator]
+                copy(ROOT / origin, place)
     done = subprocess.run(["bash", "scripts/llama-wheel", "--key"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.startswith("0.3.36-"), done.stderr
     there = {path.name for path in tmp_path.iterdir()}
