@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-environment lint test results cost-check plan-check restart-test flatness memory-study int8-table av-alignment full-size fault-table soak frame-age clean
+.PHONY: help setup demo test-environment lint test results cost-check plan-check restart-test flatness memory-study int8-table av-alignment full-size fault-table soak frame-age stream-speed many-cameras side-cost profile-checks clean
 
 # Settings of this machine that should outlast one command, as `export NAME := value`; not under version control.
 -include local.mk
@@ -27,6 +27,11 @@ help:
 	@echo "make fault-table kill, freeze and restart cameras, damage files: what is shown, how soon, how soon frames are back (about 2 minutes)"
 	@echo "make soak    lose a camera over and over for an hour (ARGS='--minutes 5'): file descriptors, threads, resident memory"
 	@echo "make frame-age how old live 720p30 frames are in a fast and in slow readers' hands (about 2 minutes)"
+	@echo "make stream-speed frames/s out of H.264 files of 720p and 1080p, copies of each frame, what reusing their memory saves (about 2 minutes)"
+	@echo "make many-cameras eight RTSP cameras and one consumer: rates, ages, drops, fairness; one camera hangs, one is killed (about 2 minutes)"
+	@echo "make side-cost what a preview and a recording cost beside a live 720p30 camera (about 2 minutes)"
+
+	@echo "make profile-checks  do a profile's stages add up, what does profiling cost, do comparisons find what changed (about 20 minutes)"
 	@echo "make av-alignment measure how far apart sound and pictures of the same moment come out of files of 10 minutes (about 2 minutes)"
 	@echo "make cost-check compare the multiply-adds that exports count with onnx-tool's (half a minute)"
 	@echo "make full-size export models of full size with random weights (30 GB of disk, 16 GB of memory, about 45 minutes)"
@@ -83,6 +88,18 @@ frame-age: test-environment
 cost-check: test-environment
 	@.venv/bin/python -c "import onnx_tool" 2>/dev/null || .venv/bin/python -m pip install --no-deps onnx-tool tabulate
 	@.venv/bin/python scripts/cost-check
+
+stream-speed: test-environment
+	@.venv/bin/python scripts/stream-speed $(ARGS)
+
+many-cameras: test-environment
+	@.venv/bin/python scripts/many-cameras $(ARGS)
+
+side-cost: test-environment
+	@.venv/bin/python scripts/side-cost $(ARGS)
+
+profile-checks: test-environment
+	@.venv/bin/python scripts/profile-checks $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

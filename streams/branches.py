@@ -9,7 +9,7 @@ from typing import Any, Literal
 from keepsight.streams.errors import UsageError
 from keepsight.streams.gst import BRANCH_PREFIX, is_inside, launch_bin, load_gst
 
-__all__ = ["BRANCH_ELEMENTS", "Branch", "Place", "attach"]
+__all__ = ["BRANCH_ELEMENTS", "SHIELD", "Branch", "Place", "attach"]
 
 Point = Literal["coded", "decoded"]
 
@@ -37,6 +37,8 @@ class Branch:
         elements: what must be installed for it.
         setup: called with the built, not yet started pipeline.
         on_error: called with GStreamer's sentence when an element of it fails, from a thread of GStreamer's.
+        finish: called with the pipeline before it is stopped, for what is still to be written; it must return within a second
+            or so, whatever hangs.
     """
 
     point: Point
@@ -44,6 +46,7 @@ class Branch:
     elements: tuple[str, ...] = ()
     setup: Callable[[Any], None] | None = None
     on_error: Callable[[str], None] | None = None
+    finish: Callable[[Any], None] | None = None
 
     def __post_init__(self) -> None:
         if self.point not in _QUEUES:
@@ -70,7 +73,7 @@ class Place:
     def launch(self) -> str:
         """All its elements in gst-launch's language."""
         lead = f"{self.lead} ! " if self.lead else ""
-        return f"{_SHIELD} ! {_QUEUES[self.branch.point]} ! {lead}{self.branch.launch}"
+        return f"{SHIELD} ! {_QUEUES[self.branch.point]} ! {lead}{self.branch.launch}"
 
     @property
     def elements(self) -> tuple[str, ...]:
@@ -79,7 +82,7 @@ class Place:
 
 
 # A tee passes on what any of its branches returns, and an error would end the stream for all.
-_SHIELD = "errorignore ignore-error=true ignore-eos=true ignore-notlinked=true ignore-notnegotiated=true convert-to=ok"
+SHIELD = "errorignore ignore-error=true ignore-eos=true ignore-notlinked=true ignore-notnegotiated=true convert-to=ok"
 BRANCH_ELEMENTS = ("tee", "errorignore", "queue")
 
 

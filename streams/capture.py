@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from keepsight.streams.bicubic import scaled
 from keepsight.streams.errors import KeepsightError, SourceUnreadableError
 from keepsight.streams.faults import fault_of, lost, silence_of, truncation_of
 from keepsight.streams.gst import BRANCH_PREFIX, is_inside, load_gst, pixel_aspect, sample_to_array
+from keepsight.streams.losses import DecoderWatch, Ledger
 from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Branch, Delivery, build, recipe_for
 from keepsight.streams.ring import FrameRing
 from keepsight.streams.sampling import TimeSampler
+from keepsight.streams.timing import PipelineTiming
 from keepsight.streams.uri import SourceURI
 from keepsight.streams.view import View
 
@@ -95,6 +98,7 @@ class Capture:
         sampler: which frames to keep; asked before a frame is scaled, so that the others cost only their decoding.
             Not for a newest-wins delivery, where the reader decides.
         branches: what hangs on the stream beside the frames.
+        timing: times every picture; None = nobody asks, and no probe is there for it.
 
     Raises:
         KeepsightError: the source can't be opened; which one, see `faults`.
@@ -108,9 +112,11 @@ class Capture:
         timeouts: Timeouts,
         sampler: TimeSampler | None = None,
         branches: Sequence[Branch] = (),
+        timing: PipelineTiming | None = None,
     ) -> None:
         self._gst = load_gst()
         self._uri, self._view, self._delivery, self._timeouts = uri, view, delivery, timeouts
+        self._timing = timing
         self._live = delivery == "newest"
         self._closed = threading.Event()
         self._fault: KeepsightError | None = None
@@ -120,10 +126,14 @@ class Capture:
         self._serial = 0  # of the last frame read, as the tap counts them
         self.dropped = 0
         self.ring = FrameRing()
+        self._branches, self._closing = tuple(branches), threading.Lock()
         self._pipeline = build(recipe_for(uri, view, delivery, branches))
         self._sink = self._pipeline.get_by_name(FRAMES)
         self._bus = self._pipeline.get_bus()
+        self._decoders = DecoderWatch(self._pipeline)
         self._tap = _Tap(self._gst, self._pipeline.get_by_name(TAP).get_static_pad("sink"), sampler)
+        if timing is not None:
+            timing.attach(self._pipeline)
         self._started = time.monotonic()
         if self._pipeline.set_state(self._gst.State.PLAYING) == self._gst.StateChangeReturn.FAILURE:
             self._listen()
@@ -156,7 +166,7 @@ class Capture:
     def pull(self, timeout_s: float) -> Picture | None:
         """The next picture if there is one within so many seconds. It never waits longer, and raises nothing of the source's."""
         sample = self._sink.try_pull_sample(int(timeout_s * self._gst.SECOND))
-        return None if sample is None else self._picture(sample)
+        return None if sample is None else self._picture(sample, perf_counter())
 
     def check(self) -> None:
         """Raise what has ended a live source, as soon as it has, even if its last frames have not been read.
@@ -177,6 +187,11 @@ class Capture:
         return self._tap.arrivals()
 
     @property
+    def ledger(self) -> Ledger:
+        """Which pictures the decoder has lost so far, whoever reads them."""
+        return self._decoders.ledger
+
+    @property
     def unread(self) -> int:
         """Frames that have been replaced by newer ones since the last one that was read."""
         return max(0, self._tap.arrived - self._serial - 1)
@@ -189,10 +204,17 @@ class Capture:
         return self._duration_s
 
     def close(self) -> None:
-        """Stop; a `next` that waits in another thread returns None. Closing twice does nothing."""
+        """Stop; a `next` that waits in another thread returns None. Closing twice does nothing.
+
+        A recorder has a second to write what it holds.
+        """
         self._closed.set()
-        self._tap.remove()
-        self._pipeline.set_state(self._gst.State.NULL)
+        with self._closing:  # whoever closes it a second time must not stop it while a branch still writes
+            for branch in self._branches:
+                if branch.finish is not None:
+                    branch.finish(self._pipeline)
+            self._tap.remove()
+            self._pipeline.set_state(self._gst.State.NULL)
 
     def _listen(self) -> None:
         """Empty the bus, which would otherwise grow for as long as a stream plays, and keep its first error."""
@@ -205,7 +227,7 @@ class Capture:
             elif self._fault is None:  # those behind it ("Internal data stream error.") are its consequences
                 self._fault = fault_of(self._uri, message, delivered=self._tap.arrived > 0, has_video=self._decodes_video())
 
-    def _picture(self, sample: Any) -> Picture | None:
+    def _picture(self, sample: Any, taken: float) -> Picture | None:
         buffer = sample.get_buffer()
         if self._pulled == 0:
             self.duration_s()  # asked while it can be: a closed pipeline has forgotten it
@@ -222,8 +244,12 @@ class Capture:
         time_s = running_s
         if time_s is None:  # a picture file, or a raw stream without times
             time_s = captured_at - self._started if self._live else 0.0
-        image = scaled(sample_to_array(sample, self.ring), self._view, pixel_aspect(sample))
+        stored = sample_to_array(sample, self.ring)
+        copied = perf_counter()
+        image = scaled(stored, self._view, pixel_aspect(sample))
         pts_ns = None if buffer.pts == self._gst.CLOCK_TIME_NONE else int(buffer.pts)
+        if self._timing is not None:
+            self._timing.taken(pts_ns, taken, copied, perf_counter())
         return Picture(image, time_s, captured_at, pts_ns, running_s, replaced)
 
     def _replaced_by(self, pts: int) -> int:
@@ -267,28 +293,32 @@ class Capture:
             raise self._lost_by_end()
         if self._uri.is_camera:
             return
-        missing = self._shortfall()
-        if missing is not None:
-            raise SourceUnreadableError(
-                f"{self._uri} is truncated: {missing} are there.", fix="Copy or download it again."
-            )
+        again = "Copy or download it again."
+        missing_bytes, played = truncation_of(self._uri), self._played_short()
+        if missing_bytes is not None:
+            there = missing_bytes if played is None else f"{played} ({missing_bytes})"
+            raise SourceUnreadableError(f"{self._uri} is truncated: {there} are there.", fix=again)
+        ledger = self.ledger
+        if ledger.lost and self._tap.arrived:
+            how_many = f"{ledger.lost} of its {ledger.total} pictures can't be decoded"
+            how_many += f"; {played} are there" if self._missing_s() > _DURATION_SLACK_S else ""
+            raise SourceUnreadableError(f"{self._uri} is damaged: {how_many}.", fix=again)
+        if played is not None and self._stream_count() == 1 and self._missing_s() > _DURATION_SLACK_S:
+            # Sound may honestly outlast the pictures, so a short video says something only when it is alone.
+            raise SourceUnreadableError(f"{self._uri} is truncated: {played} are there.", fix=again)
         if self._tap.arrived == 0:
             raise SourceUnreadableError(
                 f"{self._uri} has no picture in it that can be decoded.",
                 fix="It may be damaged: try to play it elsewhere.",
             )
 
-    def _shortfall(self) -> str | None:
-        duration, end = self.duration_s(), self._tap.end_s
-        played = f"{end:.1f} of {duration:.1f} s" if duration is not None else None
-        missing_bytes = truncation_of(self._uri)
-        if missing_bytes is not None:
-            shorter = duration is not None and end < duration - 0.05
-            return f"{played} ({missing_bytes})" if shorter else missing_bytes
-        # Sound may honestly outlast the pictures, so a short video says something only when it is alone.
-        if duration is None or self._stream_count() != 1 or duration - end <= _DURATION_SLACK_S:
-            return None
-        return played
+    def _missing_s(self) -> float:
+        duration = self.duration_s()
+        return 0.0 if duration is None else duration - self._tap.end_s
+
+    def _played_short(self) -> str | None:
+        """How much of a file was played, if that is less than its container states."""
+        return f"{self._tap.end_s:.1f} of {self.duration_s():.1f} s" if self._missing_s() > 0.05 else None
 
     def _stream_count(self) -> int:
         decoder = self._pipeline.get_by_name(DECODER)

@@ -25,11 +25,12 @@ from keepsight.streams.watchdog import Watchdog
 
 __all__ = ["Drop", "LiveSource"]
 
-Drop = Literal["replaced", "stale"]
+Drop = Literal["replaced", "stale", "damaged"]
 """Why a frame of a live source was not handed over:
 
 - replaced: a newer one was there before anybody asked;
-- stale: it was older than the staleness budget when it would have been handed over.
+- stale: it was older than the staleness budget when it would have been handed over;
+- damaged: it came, but the decoder gave nothing for it, as after packets that were lost (see `losses.Ledger`).
 
 What `fps` leaves out was not wanted, and what was never received in an outage is a gap: neither is a drop.
 """
@@ -141,12 +142,18 @@ class LiveSource(Iterator[Frame]):
     def drops(self) -> Counter[str]:
         """Frames that arrived and were not handed over, by cause (see `Drop`)."""
         unread = 0 if isinstance(self._sampler, Sampler) else self._supervisor.unread
-        return Counter({"replaced": self._drops["replaced"] + unread, "stale": self._drops["stale"]})
+        replaced = self._drops["replaced"] + unread
+        return Counter({"replaced": replaced, "stale": self._drops["stale"], "damaged": self._supervisor.damaged})
 
     @property
     def dropped(self) -> int:
         """The sum of `drops`."""
         return self.drops.total()
+
+    @property
+    def corrupted(self) -> int:
+        """Frames that came through although the decoder had marked them as damaged; few decoders do either."""
+        return self._supervisor.corrupted
 
     @property
     def generation(self) -> int:

@@ -38,7 +38,8 @@ class Report:
         frames: handed over.
         fps: of the frames that came, read or not, over the time in which they came.
         age_ms: p50 and p95 of the frames' age when they were handed over; None for a file read as fast as possible.
-        drops: frames that came and were not handed over, by cause.
+        drops: frames that came and were not handed over, by cause (see `live.Drop`).
+        corrupted: frames that were handed over although the decoder had marked them as damaged.
         generations: connections that gave frames.
         state: at the end.
         events: from the start.
@@ -52,6 +53,7 @@ class Report:
     fps: float | None = None
     age_ms: dict[str, float] | None = None
     drops: dict[str, int] = field(default_factory=dict)
+    corrupted: int = 0
     generations: int = 0
     state: str = "connecting"
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -127,6 +129,7 @@ def _watch_live(uri: str, seconds: float, report: Report, on_event: Any) -> Keep
             error = final
         report.seconds, report.state = round(time.monotonic() - begun, 3), source.state
         report.drops, report.generations = {**source.drops}, source.generation + (source.state in ("live", "stalled"))
+        report.corrupted = source.corrupted
         report.caps = _caps(source.arrivals)
     rate.tell(report, came=rate.frames + source.dropped - rate.before)
     if error is None and rate.frames == 0:
@@ -156,8 +159,10 @@ def _watch_file(uri: str, seconds: float, report: Report, on_event: Any) -> Keep
         log.add("lost", damage.message)
         error = damage
     report.seconds, report.state = round(time.monotonic() - begun, 3), log.state
-    report.drops, report.generations = {"replaced": 0 if source is None else source.dropped}, int(rate.frames > 0)
-    rate.tell(report, came=rate.frames + report.drops["replaced"] - rate.before)
+    if source is not None:
+        report.drops, report.corrupted = {**source.drops}, source.corrupted
+    report.generations = int(rate.frames > 0)
+    rate.tell(report, came=rate.frames + sum(report.drops.values()) - rate.before)
     return error
 
 

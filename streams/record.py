@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from keepsight.streams.branches import Branch
+from keepsight.streams.branches import SHIELD, Branch
 from keepsight.streams.errors import KeepsightError, UsageError
 from keepsight.streams.gst import load_gst
+from keepsight.streams.patience import Errand
 from keepsight.streams.recorded import Segment, segment_name, segments_in
 
 __all__ = ["RecordEvent", "Recorder"]
@@ -25,7 +26,9 @@ RecordState = Literal["waiting", "recording", "stopped"]
 # Of which a limit must hold some: a segment is the least that can be deleted.
 _SEGMENTS_IN_LIMIT = 8
 _LEAST_BYTES = 100_000
-_ENTRY = "record"
+_ENTRY, _PARSER, _SPLITTER = "record", "record-parser", "record-splitter"
+_FINISH_S = 1.0
+_LONGEST_RETRY_S = 300.0
 
 # MPEG-TS needs no index and no end: a file that breaks off plays up to there, and pictures that are shown in another order than
 # they are sent keep both times. It has H.264 and H.265; anything else (MJPEG, VP8...) goes into Matroska, which may break off,
@@ -57,20 +60,22 @@ class Recorder:
     Nothing is encoded again where the source is H.264, H.265, MJPEG or another coded video; what comes raw (csi, v4l2, test) is
     encoded once, to H.264. Every connection to a camera starts a new segment, and each begins with a key frame.
 
-    A killed process loses its last group of pictures (from one key frame to the next): splitmuxsink writes a group at its end. A
-    source that is lost by its own end loses nothing; one that is closed, or given up because it hangs, that group too.
+    A killed process loses its last group of pictures (from one key frame to the next): splitmuxsink writes a group at its end.
+    A source that ends, hangs or is closed loses nothing: closing it waits for the last group to be written, for a second at most
+    (a disk that takes longer loses it).
 
     When it can't write (a full disk, a folder that was deleted), it stops, says so once, and tries again with the next
-    connection to the source. The frames go on.
+    connection to the source, and after `retry_s`, after twice as long each time that fails, up to 5 minutes. The frames go on.
 
     Args:
         folder: where to, made if need be. Only one recorder may write there.
         limit_bytes: of all segments together; those of earlier runs count.
         segment_s: seconds of a segment; it ends with the first key frame after that, or when it has an eighth of the limit.
         on_event: called with each `RecordEvent`, on a thread of GStreamer's; it must return soon.
+        retry_s: seconds after which it first tries again to write.
 
     Raises:
-        UsageError: a limit that is too small; another recorder writes there.
+        UsageError: a limit or a time that makes no sense; another recorder writes there.
         KeepsightError: the folder can't be made or written to.
     """
 
@@ -81,11 +86,14 @@ class Recorder:
         *,
         segment_s: float = 10.0,
         on_event: Callable[[RecordEvent], None] | None = None,
+        retry_s: float = 10.0,
     ) -> None:
         if limit_bytes < _LEAST_BYTES:
             raise UsageError(f"{limit_bytes} bytes are too few for a recording.", fix="Give some MB at least, such as 2GB.")
         if not (math.isfinite(segment_s) and segment_s > 0):
             raise UsageError(f"segments of {segment_s} s make no sense.", fix="Give seconds above 0.")
+        if not (math.isfinite(retry_s) and retry_s > 0):
+            raise UsageError(f"retry_s={retry_s} makes no sense.", fix="Give seconds above 0.")
         self.folder, self.limit_bytes = Path(folder), limit_bytes
         self._segment_s, self._on_event = segment_s, on_event
         self._lock_file = _locked(self.folder)
@@ -93,6 +101,10 @@ class Recorder:
         self._state: RecordState = "waiting"
         self._next_number = max((segment.number for segment in segments_in(self.folder)), default=-1) + 1
         self._open: Path | None = None
+        self._first_retry_s = self._retry_s = retry_s
+        self._retry_at = 0.0  # of time.monotonic()
+        self._writers: dict[str, _Writer] = {}  # of the pipelines that play, by their names
+        self.failures = 0
         self.deleted = 0
 
     @property
@@ -109,7 +121,9 @@ class Recorder:
     def branch(self) -> Branch:
         """What to give to a `Source` or a `LiveSource`."""
         elements = ("identity", "splitmuxsink", "filesink", "mpegtsmux", "h264parse")
-        return Branch("coded", f"identity name={_ENTRY} silent=true", elements, self._attach, self._failed)
+        # The second shield is for the queue between the two: what fails behind it would stop it for ever.
+        launch = f"{SHIELD} ! identity name={_ENTRY} silent=true"
+        return Branch("coded", launch, elements, self._attach, self._failed, self._finish)
 
     def close(self) -> None:
         """Let another recorder write here. The source must be closed before."""
@@ -129,9 +143,22 @@ class Recorder:
         # Nothing that is called back may hold the pipeline: it would never be freed.
         entry = pipeline.get_by_name(_ENTRY)
         self._state = "waiting" if self._state != "stopped" else self._state
-        writer = _Writer(self)
-        gst = load_gst()
+        gst, writer = load_gst(), _Writer(self, entry.get_parent().get_name())
+        with self._lock:
+            self._writers[pipeline.get_name()] = writer
+        # Of a sink that is over, a bin tells its own bin, which else says nothing until all its sinks are.
+        entry.get_parent().set_property("message-forward", True)
+        bus = pipeline.get_bus()
+        bus.enable_sync_message_emission()
+        bus.connect("sync-message::element", writer.on_message)
         entry.get_static_pad("sink").add_probe(gst.PadProbeType.BUFFER | gst.PadProbeType.EVENT_DOWNSTREAM, writer.on_data)
+
+    def _finish(self, pipeline: Any) -> None:
+        """Let what is recorded of a pipeline be written to its end."""
+        with self._lock:
+            writer = self._writers.pop(pipeline.get_name(), None)
+        if writer is not None:
+            writer.finish(pipeline.get_by_name(_ENTRY))
 
     def _begin(self, start_s: float, suffix: str) -> Path:
         """The path of the next segment."""
@@ -142,9 +169,19 @@ class Recorder:
         self._trim(0)
         if previous is not None:
             _sync(previous)
-        if self._state != "recording":
+        if self._state == "recording":
+            self._retry_s = self._first_retry_s  # a whole segment has been written
+        elif self._state == "waiting":  # after a failure only when there is something in it
             self._tell("recording", f"writing to {self.folder}")
         return path
+
+    def _confirm(self) -> None:
+        """Say that it records again, if it has stopped and something has been written since."""
+        if self._state != "stopped" or self._open is None:
+            return
+        with contextlib.suppress(OSError):
+            if self._open.stat().st_size:
+                self._tell("recording", f"writing to {self.folder} again")
 
     def _trim(self, coming_bytes: int) -> None:
         """Delete the oldest until so many bytes more have room."""
@@ -160,6 +197,8 @@ class Recorder:
                 self.deleted += 1
 
     def _failed(self, reason: str) -> None:
+        self.failures += 1
+        self._retry_at = time.monotonic() + self._retry_s
         if self._state != "stopped":
             self._tell("stopped", reason.rstrip("."))
 
@@ -176,11 +215,14 @@ class Recorder:
 class _Writer:
     """Sees the coded pictures of one connection: builds what writes them when it knows what they are."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
+    def __init__(self, recorder: Recorder, side: str) -> None:
+        self._recorder, self._side = recorder, side
         self._gst = load_gst()
-        self._built = False
+        self._media = ""  # what is written, once that is known
+        self._failures = recorder.failures  # that were not its own
         self._broken = True  # until a key frame has come
+        self._passed = False  # whether there is anything to write
+        self._over = threading.Event()
         self._group_bytes = self._largest_group = 0
 
     def on_data(self, pad: Any, info: Any) -> Any:
@@ -188,14 +230,49 @@ class _Writer:
         try:
             if not info.type & self._gst.PadProbeType.BUFFER:
                 event = info.get_event()
-                if event.type == self._gst.EventType.CAPS and not self._built:
-                    self._built = True
-                    self._build(pad.get_parent_element(), event.parse_caps().get_structure(0).get_name())
+                if event.type == self._gst.EventType.CAPS and not self._media:
+                    self._media = event.parse_caps().get_structure(0).get_name()
+                    self._build(pad.get_parent_element())
                 return kinds.OK
-            return kinds.OK if self._wanted(info.get_buffer()) else kinds.DROP
+            if self._failures != self._recorder.failures and not self._renewed(pad):
+                return kinds.DROP
+            self._passed = self._wanted(info.get_buffer()) or self._passed
+            return kinds.DROP if self._broken else kinds.OK
         except (OSError, KeepsightError) as error:  # of the folder: it was deleted, or can't be read
             self._recorder._failed(str(error))
             return kinds.DROP
+
+    def on_message(self, bus: Any, message: Any) -> None:
+        """Hear that all has been written."""
+        structure = message.get_structure()
+        if structure is None or structure.get_name() != "GstBinForwarded" or message.src.get_name() != self._side:
+            return
+        if structure.get_value("message").type == self._gst.MessageType.EOS:
+            self._over.set()
+
+    def finish(self, entry: Any) -> None:
+        """End what is written, and wait for it: a group of pictures is written at its end."""
+        if not self._passed or self._failures != self._recorder.failures:
+            return
+        # What is in the queue before it is written, too. A source that has ended has sent its own.
+        side = entry.get_parent()
+        Errand(lambda: side.get_static_pad("sink").send_event(self._gst.Event.new_eos()))
+        self._over.wait(_FINISH_S)
+
+    def _renewed(self, pad: Any) -> bool:
+        """After a failure: put new elements in the place of those that failed, if it is time to."""
+        if time.monotonic() < self._recorder._retry_at:
+            return False
+        self._recorder._retry_s = min(2 * self._recorder._retry_s, _LONGEST_RETRY_S)
+        self._failures, self._broken, self._passed = self._recorder.failures, True, False
+        entry = pad.get_parent_element()
+        for name in (_PARSER, _SPLITTER):  # this is their own streaming thread: nothing comes while they are taken away
+            element = entry.get_parent().get_by_name(name)
+            if element is not None:
+                element.set_state(self._gst.State.NULL)
+                entry.get_parent().remove(element)
+        self._build(entry)
+        return True
 
     def _wanted(self, buffer: Any) -> bool:
         if buffer.has_flags(self._gst.BufferFlags.DISCONT):  # pictures are missing before it
@@ -206,10 +283,11 @@ class _Writer:
             self._group_bytes = 0
             # The group that has just ended is written now, with what the container adds to it.
             self._recorder._trim(2 * self._largest_group)
+            self._recorder._confirm()
         self._group_bytes += buffer.get_size()
         return not self._broken
 
-    def _build(self, entry: Any, media: str) -> None:
+    def _build(self, entry: Any) -> None:
         """Put the writing elements behind the entry."""
         make, side = self._gst.ElementFactory.make, entry.get_parent()
         for pad in list(side.srcpads):  # the bin offered the entry's open end to the outside
@@ -217,11 +295,11 @@ class _Writer:
             side.remove_pad(pad)
         # splitmuxsink waits for its first group of pictures; the pipeline, and its other sinks, must not.
         side.set_property("async-handling", True)
-        parser = _PARSERS.get(media)
+        parser = _PARSERS.get(self._media)
         sink = make("filesink")
         sink.set_property("buffer-mode", 2)  # none: what a killed process had in its own buffers would be lost
         sink.set_property("async", False)
-        splitter = make("splitmuxsink")
+        splitter = make("splitmuxsink", _SPLITTER)
         splitter.set_property("muxer", make("matroskamux" if parser is None else "mpegtsmux"))
         splitter.set_property("sink", sink)
         splitter.set_property("max-size-time", int(self._recorder._segment_s * self._gst.SECOND))
@@ -232,7 +310,7 @@ class _Writer:
         side.add(splitter)
         first, pad_name = splitter, "video"
         if parser is not None:
-            first, pad_name = make(parser), "sink"
+            first, pad_name = make(parser, _PARSER), "sink"
             first.set_property("config-interval", -1)  # what a decoder must know is in front of every key frame
             side.add(first)
             first.link_pads("src", splitter, "video")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from keepsight.streams.pipelines import Delivery
 from keepsight.streams.presence import check_presence
 from keepsight.streams.sampling import ChangeSampler, Sampler, sampler_for
 from keepsight.streams.stills import Stills, StillSequence
+from keepsight.streams.timing import PipelineTiming
 from keepsight.streams.uri import SourceURI
 from keepsight.streams.view import Aspect, Colorimetry, Conversion, Scaler, View
 
@@ -70,12 +72,13 @@ class Source(Iterator[Frame]):
         first_frame_timeout_s: seconds to wait for the first frame.
         stall_timeout_s: seconds to wait for each frame after it.
         branches: what hangs on the stream beside the frames, such as a recorder's or a preview's; none on pictures and arrays.
+        timing: times each frame's way through the pipeline, for a profile; pictures and arrays that lie ready have none.
 
     Raises:
         UsageError: an address or an option that makes no sense.
         SourceNotFoundError: no such file or device; while iterating: a host or a path that can't be reached.
         SourceUnreadableError: empty, not a video, no video in it, no decoder, a `.npy` of something else; while
-            iterating: truncated (after all the frames that are there).
+            iterating: truncated, or damaged so that pictures can't be decoded (after all the frames that are there).
         NoFrameError: while iterating: no first frame in time.
         SourceLostError: while iterating: a live source ended or stalled.
         MissingComponentError: GStreamer or one of its elements is not installed.
@@ -102,6 +105,7 @@ class Source(Iterator[Frame]):
         first_frame_timeout_s: float = 10.0,
         stall_timeout_s: float = 5.0,
         branches: Sequence[Branch] = (),
+        timing: PipelineTiming | None = None,
     ) -> None:
         self._lock = threading.Lock()
         self._closed = False
@@ -111,7 +115,7 @@ class Source(Iterator[Frame]):
         self._pace = pace
         self._delivery = _delivery(self.uri, pace)
         self._timeouts = Timeouts(first_frame_timeout_s, stall_timeout_s)
-        self._fps, self._branches = fps, tuple(branches)
+        self._fps, self._branches, self._timing = fps, tuple(branches), timing
         self._policy = (fps, every, change)
         self._sampler = sampler_for(*self._policy)
         self._stills = _present_stills(self.uri, self._view, self._timeouts)
@@ -119,7 +123,8 @@ class Source(Iterator[Frame]):
         self._epoch_s: float | None = None
         self._time_s = 0.0
         self._delivered = 0
-        self._rounds, self._offset_s, self._dropped = 1, 0.0, 0  # of a file that is played over and over
+        self._rounds, self._offset_s = 1, 0.0  # of a file that is played over and over
+        self._drops: Counter[str] = Counter()  # of its rounds that are over
         self._before_s: float | None = None
         self._played_to_s: float | None = None
 
@@ -129,14 +134,32 @@ class Source(Iterator[Frame]):
         return self._delivery == "newest"
 
     @property
+    def drops(self) -> Counter[str]:
+        """Frames that came and were not handed over, by cause (see `live.Drop`): `replaced` and `damaged`."""
+        drops = Counter(self._drops)
+        drops["replaced"] += 0 if self._reader is None else self._reader.dropped
+        drops["damaged"] += self._reader.ledger.lost if isinstance(self._reader, Capture) else 0
+        return drops
+
+    @property
     def dropped(self) -> int:
-        """Frames that a newer one replaced before they were read. Those that a sampling policy leaves out are not."""
-        return self._dropped + (0 if self._reader is None else self._reader.dropped)
+        """The sum of `drops`. What a sampling policy leaves out is no drop."""
+        return self.drops.total()
+
+    @property
+    def corrupted(self) -> int:
+        """Frames that were handed over although the decoder had marked them as damaged; few decoders do either."""
+        return self._reader.ledger.corrupted if isinstance(self._reader, Capture) else 0
 
     @property
     def arrivals(self) -> Arrivals | None:
         """Rate and size of what has been decoded; None before it is opened, and for pictures and `.npy` frames."""
         return self._reader.arrivals if isinstance(self._reader, Capture) else None
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the slots that frames lie in while somebody holds them; 0 for pictures and `.npy` frames."""
+        return self._reader.ring.nbytes if isinstance(self._reader, Capture) else 0
 
     @property
     def duration_s(self) -> float | None:
@@ -200,7 +223,7 @@ class Source(Iterator[Frame]):
         # A newest-wins reader is sampled here, on what is newest when it is asked; sampled earlier, the frame that
         # waits could be nearly 1/fps old.
         early = None if self._delivery != "every" or isinstance(self._sampler, ChangeSampler) else self._sampler
-        return Capture(self.uri, self._view, self._delivery, self._timeouts, early, self._branches)
+        return Capture(self.uri, self._view, self._delivery, self._timeouts, early, self._branches, self._timing)
 
     def _read(self) -> Picture | None:
         """The next picture that is wanted, its time counted from the stream's start."""
@@ -236,7 +259,7 @@ class Source(Iterator[Frame]):
             if self._closed or self._reader is None:
                 return None
             self._reader.close()
-            self._dropped += self._reader.dropped
+            self._drops = self.drops
             self._reader = None
             if self._stills is not None:  # what was closed stays closed
                 self._stills = _present_stills(self.uri, self._view, self._timeouts)

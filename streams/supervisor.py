@@ -24,6 +24,7 @@ _UNANSWERED_S = 1.0  # a first frame is usually there by then: after that it is 
 _SAID_AFTER_S = 2.4  # whoever looks on should not have to wait for the end of a connection's time
 _SETTLED_S = 2.0  # a connection that lasted so long ends the growth of the pauses
 _TEARDOWN_S = 2.0
+_TOLD_EVERY_S = 10.0  # pictures that can't be decoded may come by the hundred
 _ANSWERS = {None: "", True: ": it accepts connections, and says nothing", False: ": it can't be reached"}
 
 
@@ -65,6 +66,7 @@ class Supervisor:
         self._over = False
         self._lost_at: float | None = None  # when the outage began that is going on
         self._last_frame: float | None = None
+        self._damaged = self._corrupted = 0  # of connections that are over
         self.arrivals: Arrivals | None = None  # as the newest connection that gave frames has them
         self.generations = 0  # connections that have delivered frames and are over
         self.attempts = 0
@@ -92,6 +94,18 @@ class Supervisor:
     @property
     def closed(self) -> bool:
         return self._closing.is_set()
+
+    @property
+    def damaged(self) -> int:
+        """Pictures that came and could not be decoded, of all connections."""
+        with self._changed:
+            return self._damaged + (0 if self._current is None else self._current[1].ledger.lost)
+
+    @property
+    def corrupted(self) -> int:
+        """Pictures that the decoder gave and marked as damaged, of all connections."""
+        with self._changed:
+            return self._corrupted + (0 if self._current is None else self._current[1].ledger.corrupted)
 
     def current(self, timeout_s: float) -> tuple[int, Capture] | None:
         """The connection that frames come from, with its generation; None if there is none within so many seconds.
@@ -166,7 +180,7 @@ class Supervisor:
     def _attended(self, capture: Capture) -> KeepsightError | None:
         """Look at a connection until it is lost."""
         began = time.monotonic()
-        edge = _Edge(self._uri)
+        edge, damage = _Edge(self._uri), _Damage(capture)
         stalled_at: float | None = None
         told = False
         while not self._due():
@@ -191,6 +205,8 @@ class Supervisor:
                     told = True
                     self._log.add("connecting", f"no frame yet after {now - began:.1f} s{_ANSWERS[edge.here]}")
                 continue
+            if (damaged := damage.news(now)) is not None:
+                self._log.add(self._log.state, damaged)
             if now - began > _SETTLED_S:
                 self._backoff.settle()
             if silent <= self._watchdog.limit_s(arrivals):
@@ -222,6 +238,8 @@ class Supervisor:
     def _retire(self, capture: Capture) -> None:
         """Take a connection down, from a thread that may hang in it."""
         with self._changed:
+            self._damaged += capture.ledger.lost
+            self._corrupted += capture.ledger.corrupted
             self._current = None
             self._changed.notify_all()
         arrivals = capture.arrivals
@@ -286,6 +304,23 @@ class _Edge:
         self._knows_all = here is not False  # open from the start, or nothing to look at: the reason is another one
         back, self._was_away = bool(here) and self._was_away, here is False
         return back
+
+
+class _Damage:
+    """Says when a decoder has lost pictures, now and then."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self._told = 0
+        self._next = 0.0
+
+    def news(self, now: float) -> str | None:
+        ledger = self._capture.ledger
+        lost = ledger.lost
+        if lost == self._told or now < self._next:
+            return None
+        self._told, self._next = lost, now + _TOLD_EVERY_S
+        return f"{lost} of {ledger.total} pictures of this connection could not be decoded"
 
 
 def _bare(error: KeepsightError) -> KeepsightError:

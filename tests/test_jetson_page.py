@@ -561,6 +561,11 @@ def test_power_modes_are_those_of_the_planner() -> None:
             assert ("default" in text) == mode.get("default", False), (name, number)
             if clock := re.search(r"(\d+)\**\s?\**MHz", text):
                 assert float(clock[1]) == mode["gpu_mhz"], (name, number)
+            if mode["tpcs"] is not None and ("as on" not in text or "TPCs" in text):
+                parts = re.search(r"(\d+) of (\d+) TPCs", text)
+                most = max(other["tpcs"] or 0 for other in wanted.values())
+                assert mode["tpcs"] == (int(parts[1]) if parts else most), (name, number)
+                assert parts is None or int(parts[2]) == most, (name, number)
 
 
 def test_predictions_are_those_of_the_planner() -> None:

@@ -20,14 +20,15 @@ _ABSENT = frozenset({"", "NC"})  # a channel that is not connected has one of th
 _CHIPS = frozenset({"ina3221", "ina238", "ina226", "ina219"})
 
 # Which rails are the whole: the first of these sets that a board has all of.
-# - VIN: the input of an AGX Thor's board, metered by an INA238 (public tegrastats logs of JetPack 7: 25.5 W beside 19.9 W
-#   on the three rails of the module).
+# - VIN: the input of an AGX Thor's board, module and carrier, metered by an INA238 (NVIDIA,
+#   https://forums.developer.nvidia.com/t/question-about-power-monitor-with-additional-load-on-jetson-thor/366461; public
+#   tegrastats logs of JetPack 7: 25.5 W beside 19.9 W on the three rails of the module).
 # - VDD_IN: the total power of an Orin NX's or Orin Nano's module ("VDD_IN is the total power of module": NVIDIA,
 #   https://forums.developer.nvidia.com/t/interpretation-of-jetson-nx-power-rail/200883).
-# - An AGX Orin meters no input. Its rails side by side are these three (Jetson Linux Developer Guide r36, "Jetson Orin Nano
-#   Series, Jetson Orin NX Series and Jetson AGX Orin Series": GPU and SoC; CPU and CV; the 5 V rail of everything else, the
-#   memory among it). VDDQ_VDD2_1V8AO, the memory's own, reads 5 V at its meter: it hangs behind VIN_SYS_5V0, and adding it
-#   would count it twice. The carrier board is in none of them.
+# - An AGX Orin meters no input. Its rails side by side are these three: GPU and SoC; CPU and CV; the 5 V rail of everything
+#   else. VDDQ_VDD2_1V8AO, the memory's, is included in VIN_SYS_5V0 (NVIDIA's table of these rails, Jetson Linux Developer
+#   Guide, "Jetson Orin Nano Series, Jetson Orin NX Series and Jetson AGX Orin Series", as quoted in public repositories):
+#   adding it would count it twice. The carrier board is in none of them.
 # - An AGX Thor whose input's meter is missing, likewise.
 _WHOLE = (
     frozenset({"VIN"}),

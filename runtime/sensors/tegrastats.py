@@ -1,6 +1,8 @@
 """A line of `tegrastats`, read: for logs that users recorded, and for what sysfs does not tell.
 
-NVIDIA documents the fields ("tegrastats Utility", Jetson Linux Developer Guide); how they are spelled differs. JetPack 5 writes
+NVIDIA documents the fields ("tegrastats Utility" in the Jetson Linux Developer Guide,
+https://docs.nvidia.com/jetson/archives/r38.4/DeveloperGuide/AT/JetsonLinuxDevelopmentTools/TegrastatsUtility.html); how they are
+spelled was read from lines that users published. JetPack 5 writes
 `CPU@48.5C`, `GR3D_FREQ 0%@305` and `VDD_IN 5299mW/5299mW`; JetPack 6 `cpu@48.5C`, one GPU clock for each cluster,
 `GR3D_FREQ 0%@[305,305]`, and without root no clock at all; JetPack 7 a second number behind each temperature,
 `cpu@50C/50C`, a third behind each rail, and on a Thor, at first, clocks without a load, `GR3D_FREQ @[314,314,314]`.

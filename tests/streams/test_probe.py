@@ -41,7 +41,7 @@ def test_a_live_source() -> None:
     assert report["caps"] == {"width": 320, "height": 240, "fps": 30.0}
     assert report["frames"] + sum(report["drops"].values()) > 10 and 10 < report["fps"] < 50
     assert 0 <= report["age_ms"]["p50"] <= report["age_ms"]["p95"] < 1000
-    assert states(report) == ["connecting", "live"] and set(report["drops"]) == {"replaced", "stale"}
+    assert states(report) == ["connecting", "live"] and set(report["drops"]) == {"replaced", "stale", "damaged"}
     assert all(set(event) == {"t", "state", "reason"} for event in report["events"])
 
 

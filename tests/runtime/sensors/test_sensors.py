@@ -119,6 +119,12 @@ def test_power_from_an_energy_counter_is_what_was_used_over_the_time(tmp_path: P
         assert [power.watts for power in sensors.read().powers] == [pytest.approx(joules / seconds)]
 
 
+def test_what_lies_beyond_the_third_channel_is_no_rail(tmp_path: Path) -> None:
+    root = fake.unfold(NANO, tmp_path)
+    fake.put(root, "/sys/class/hwmon/hwmon1/in4_label", "sum of currents")  # in4 is a shunt's voltage, curr4 a sum of currents
+    assert list(rails(Sensors(root).read())) == ["VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"]
+
+
 def test_over_current_counts_between_two_readings_alone(tmp_path: Path) -> None:
     root = fake.unfold(NANO, tmp_path)
     sensors = Sensors(root)

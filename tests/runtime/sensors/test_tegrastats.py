@@ -1,4 +1,8 @@
-"""Lines of tegrastats of several boards and JetPacks, as users published them; what each says was read by eye."""
+"""Lines of tegrastats of several boards and JetPacks; what each says was read by eye.
+
+Recorded by nobody of this project: they are spelled as lines in public repositories' tests, logs and documents (2024 to 2026),
+one of them https://github.com/wendylabsinc/WendyOS/pull/1316 for JetPack 7 on a Thor, with fields left out to keep them short.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from keepsight.runtime.sensors import Power, Reading, Temperature
 from keepsight.runtime.sensors.tegrastats import completed, parse, parse_log
 
 MIB = 2**20
-# Spelled as in public logs; figures shortened. JetPack 6 on an Orin Nano, with root and without.
+# JetPack 6 on an Orin Nano, with root and without.
 NANO = (
     "10-08-2026 04:35:02 RAM 6712/7620MB (lfb 12x4MB) SWAP 369/3810MB (cached 8MB) "
     "CPU [38%@1497,2%@729,1%@729,off,1%@729,0%@729] EMC_FREQ 61%@2133 GR3D_FREQ 99%@[612] "
