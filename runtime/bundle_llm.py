@@ -12,11 +12,14 @@ __all__ = ["load_llm"]
 def load_llm(bundle: Bundle, threads: int | None = None) -> LLM:
     """The bundle's language model, requantised once into the cache if the manifest asks for it.
 
+    All its layers are on the GPU if llama.cpp was built with one: whoever built it so meant it.
+
     Raises:
         BundleError: the bundle has none.
         MissingModelError, LLMError: its file is not there, or llama.cpp refuses it.
     """
     from keepsight.runtime.gguf_cache import requantised
+    from keepsight.runtime.llama import gpu_layers
 
     info = bundle.manifest.llm
     if info is None:
@@ -24,4 +27,4 @@ def load_llm(bundle: Bundle, threads: int | None = None) -> LLM:
     path = bundle.llm_path()
     if info.quantise is not None:
         path = requantised(path, kind=info.quantise)
-    return LLM(path, n_threads=threads)
+    return LLM(path, n_threads=threads, n_gpu_layers=gpu_layers())

@@ -355,6 +355,11 @@ class Llama:
         return context
 
 
+def gpu_layers() -> int:
+    """How many layers of a model this build of llama.cpp can keep on a GPU: -1 for all of them, 0 for a build without one."""
+    return -1 if C.llama_supports_gpu_offload() else 0
+
+
 def _load_model(path: Path, n_gpu_layers: int) -> Any:
     if not path.is_file():
         raise MissingModelError(f"There is no language model at {path}.", fix="Check the path of the GGUF file.")
