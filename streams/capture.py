@@ -17,6 +17,7 @@ from keepsight.streams.errors import KeepsightError, SourceUnreadableError
 from keepsight.streams.faults import fault_of, lost, silence_of, truncation_of
 from keepsight.streams.gst import BRANCH_PREFIX, is_inside, load_gst, pixel_aspect, sample_to_array
 from keepsight.streams.losses import DecoderWatch, Ledger
+from keepsight.streams.padprobes import add_probe
 from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Branch, Delivery, build, recipe_for
 from keepsight.streams.ring import FrameRing
 from keepsight.streams.sampling import TimeSampler
@@ -348,7 +349,7 @@ class Tap:
         self._recent: deque[tuple[int, int]] = deque(maxlen=16)
         self._times: deque[tuple[float, float | None]] = deque(maxlen=_INTERVALS + 1)
         self.ended = False
-        self._probe = pad.add_probe(gst.PadProbeType.BUFFER | gst.PadProbeType.EVENT_DOWNSTREAM, self._on_data)
+        self._probe = add_probe(pad, self._on_data)
 
     def serial_of(self, pts: int) -> int:
         """Which frame, counted from 1, had this time; 0 if it was too long ago to know."""
@@ -375,26 +376,24 @@ class Tap:
         stated = denominator / numerator if known and numerator > 0 else None  # 0/1 is a rate that varies
         return stated, (width, height) if width and height else None
 
-    def _on_data(self, pad: Any, info: Any) -> Any:
-        if not info.type & self._gst.PadProbeType.BUFFER:
-            self.ended = self.ended or info.get_event().type == self._gst.EventType.EOS
-            return self._gst.PadProbeReturn.OK
-        buffer = info.get_buffer()
+    def _on_data(self, buffer: Any, event: Any) -> bool:
+        if buffer is None:
+            self.ended = self.ended or event.type == self._gst.EventType.EOS
+            return True
+        pts = buffer.pts
         self.arrived += 1
         self.last_arrival = time.monotonic()
-        self._recent.append((self.arrived, buffer.pts))
-        time_s = self._time_s(pad, buffer.pts)
+        self._recent.append((self.arrived, pts))
+        time_s = self._time_s(pts)
         self._times.append((self.last_arrival, time_s))
         if time_s is None:
-            return self._gst.PadProbeReturn.OK
+            return True
         length = buffer.duration
         self.end_s = max(self.end_s, time_s + (0 if length == self._gst.CLOCK_TIME_NONE else length / self._gst.SECOND))
-        if self._sampler is not None and not self._sampler.take(time_s):
-            return self._gst.PadProbeReturn.DROP
-        return self._gst.PadProbeReturn.OK
+        return self._sampler is None or self._sampler.take(time_s)
 
-    def _time_s(self, pad: Any, pts: int) -> float | None:
-        event = pad.get_sticky_event(self._gst.EventType.SEGMENT, 0)
+    def _time_s(self, pts: int) -> float | None:
+        event = self._pad.get_sticky_event(self._gst.EventType.SEGMENT, 0)
         return None if event is None else _running_time_s(self._gst, event.parse_segment(), pts)
 
 

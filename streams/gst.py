@@ -254,25 +254,28 @@ def state_colorimetry(setter: Any, matrix: str | None) -> None:
     gst = load_gst()
     from gi.repository import GstVideo
 
+    from keepsight.streams.padprobes import add_probe
+
     forced = None if matrix is None else int(getattr(GstVideo.VideoColorMatrix, matrix.upper()))
 
-    def on_event(pad: Any, info: Any) -> Any:
-        event = info.get_event()
+    # A probe that held the element would keep it for ever, and be kept by it.
+    setter_or_none = setter.weak_ref()
+
+    def on_event(_: Any, event: Any) -> bool:
         if event.type == gst.EventType.CAPS:
             caps = event.parse_caps()
             if not caps.get_structure(0).get_name().startswith("video/"):  # a file of sound alone reaches this, too
-                return gst.PadProbeReturn.OK
+                return True
             stream = GstVideo.VideoInfo.new_from_caps(caps)
             if stream.finfo.flags & GstVideo.VideoFormatFlags.YUV:
                 own = stream.colorimetry
                 said = (own.range, own.matrix if forced is None else forced, own.transfer, own.primaries)
                 colorimetry = ":".join(str(int(part)) for part in said)
                 told = gst.Caps.from_string(f"video/x-raw,colorimetry=(string){colorimetry}")
-                # Asked of the pad: a probe that held the element would keep it for ever, and be kept by it.
-                pad.get_parent_element().set_property("caps", told)
-        return gst.PadProbeReturn.OK
+                setter_or_none().set_property("caps", told)
+        return True
 
-    setter.get_static_pad("sink").add_probe(gst.PadProbeType.EVENT_DOWNSTREAM, on_event)
+    add_probe(setter.get_static_pad("sink"), on_event, buffers=False)
 
 
 def array_to_buffer(image: NDArray[np.uint8]) -> Any:

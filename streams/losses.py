@@ -6,6 +6,7 @@ from collections import deque
 from typing import Any
 
 from keepsight.streams.gst import BRANCH_PREFIX, is_inside, load_gst
+from keepsight.streams.padprobes import add_probe
 
 __all__ = ["DecoderWatch", "Ledger"]
 
@@ -144,9 +145,8 @@ class DecoderWatch:
             return
         watched = _Watched()
         self._ledgers.append(watched.ledger)
-        data = self._gst.PadProbeType.BUFFER | self._gst.PadProbeType.EVENT_DOWNSTREAM
-        into.add_probe(data, watched.on_coded)
-        out_of.add_probe(data, watched.on_decoded)
+        add_probe(into, watched.on_coded)
+        add_probe(out_of, watched.on_decoded)
 
 
 class _Watched:
@@ -154,37 +154,36 @@ class _Watched:
 
     def __init__(self) -> None:
         gst = load_gst()
-        self._ok, self._none, self._buffer = gst.PadProbeReturn.OK, gst.CLOCK_TIME_NONE, gst.PadProbeType.BUFFER
-        self._kinds, self._flags, self._time = gst.EventType, gst.BufferFlags, gst.Format.TIME
+        self._none, self._kinds, self._time = gst.CLOCK_TIME_NONE, gst.EventType, gst.Format.TIME
+        flags = gst.BufferFlags
+        self._delta, self._unseen, self._corrupted = int(flags.DELTA_UNIT), int(flags.DECODE_ONLY), int(flags.CORRUPTED)
         self._start, self._stop = 0, self._none  # what is to be shown, in ns
         self._is_vp8 = False
         self.ledger = Ledger()
 
-    def on_coded(self, pad: Any, info: Any) -> Any:
-        if not info.type & self._buffer:
-            self._read(info.get_event())
-            return self._ok
-        buffer = info.get_buffer()
+    def on_coded(self, buffer: Any, event: Any) -> bool:
+        if buffer is None:
+            self._read(event)
+            return True
         pts: int = buffer.pts
+        flags = buffer.flags
         # Outside of the segment it is decoded only for what follows.
         is_shown = pts == self._none or self._start <= pts < self._stop
-        if is_shown and not buffer.has_flags(self._flags.DECODE_ONLY) and not (self._is_vp8 and _is_hidden(buffer)):
-            self.ledger.entered(None if pts == self._none else pts, is_key=not buffer.has_flags(self._flags.DELTA_UNIT))
-        return self._ok
+        if is_shown and not flags & self._unseen and not (self._is_vp8 and _is_hidden(buffer.whole)):
+            self.ledger.entered(None if pts == self._none else pts, is_key=not flags & self._delta)
+        return True
 
-    def on_decoded(self, pad: Any, info: Any) -> Any:
-        if info.type & self._buffer:
-            buffer = info.get_buffer()
+    def on_decoded(self, buffer: Any, event: Any) -> bool:
+        if buffer is not None:
             pts = buffer.pts
-            self.ledger.left(None if pts == self._none else pts, corrupted=buffer.has_flags(self._flags.CORRUPTED))
-            return self._ok
-        event = info.get_event()
+            self.ledger.left(None if pts == self._none else pts, corrupted=bool(buffer.flags & self._corrupted))
+            return True
         if event.type == self._kinds.EOS:
             self.ledger.ended()
         elif event.type == self._kinds.CAPS:
             mode = event.parse_caps().get_structure(0).get_string("interlace-mode")
             self.ledger.interlaced = self.ledger.interlaced or mode not in (None, "progressive")
-        return self._ok
+        return True
 
     def _read(self, event: Any) -> None:
         if event.type == self._kinds.CAPS:
