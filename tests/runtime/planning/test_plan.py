@@ -129,7 +129,7 @@ def test_a_precision_that_a_board_lacks_is_refused(vicuna: PlannedModel) -> None
 
 
 def test_an_encoder_of_convolutions_has_a_wider_bar(tiny: PlannedModel, vicuna: PlannedModel) -> None:
-    plan = planned(tiny, "orin-nx-16gb", precision="fp16")
+    plan = planned(tiny, "orin-nx-16gb")
     assert stage(plan, "vision").bar == pytest.approx(stage(planned(vicuna, "orin-nx-16gb"), "vision").bar ** 2)
     assert any("convolutions" in note for note in plan.notes)
 
