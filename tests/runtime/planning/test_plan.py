@@ -198,7 +198,7 @@ def test_a_decoder_without_a_gate_has_two_matrices_in_its_net() -> None:
         (["tiny", "--board", "agx-thor", "--fps", "0"], "at 0 frames per second"),
         (["tiny", "--board", "agx-thor", "--llm-quant", "Q9"], "'Q9' is unknown"),
         (["tiny", "--board", "agx-thor", "--memory-length", "0"], "remembers nothing"),
-        (["tiny", "--board", "this", "--mode", "MAXN"], "power modes are of boards"),
+        (["tiny", "--board", "this", "--mode", "MAXN"], "no Jetson, and has no power modes"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(arguments: list[str], said: str) -> None:
