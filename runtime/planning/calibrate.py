@@ -16,6 +16,7 @@ import numpy as np
 
 from keepsight.runtime.bundle import SHIPPED
 from keepsight.runtime.planning.costs import BYTES, Precision
+from keepsight.runtime.planning.here import is_board
 from keepsight.runtime.planning.models import PlannedModel, open_model
 from keepsight.runtime.planning.plan import Plan, Request, make_plan
 from keepsight.runtime.planning.roofline import BoardTarget, StageKind, Target
@@ -25,7 +26,6 @@ from keepsight.streams.errors import UsageError
 
 __all__ = ["Residual", "calibrated"]
 
-_NEAR = 0.05  # of the board's memory: kernels reserve more or less of it
 _LEAST_BAR = 1.2  # other models on the same board differ, and prompts by their lengths
 _COVERED = 1.28
 # Stage of a profile: its path, the kind that it teaches, and the planned stages that it is.
@@ -70,8 +70,7 @@ def calibrated(target: Target, model: PlannedModel, files: Sequence[str | Path])
 def _check(profile: Profile, target: BoardTarget, file: str) -> None:
     machine, board, mode = profile.machine, target.hardware.board, target.hardware.mode
     total = board.total_bytes.value
-    same_memory = abs(machine.memory - total) <= _NEAR * total
-    if not same_memory or not _named_alike(machine.title, board.title):
+    if not is_board(machine.title, machine.memory, board):
         raise UsageError(
             f"{file} was made on {machine.title or 'an unknown machine'} with {machine.memory / 1e9:.1f} GB, "
             f"and {board.name} is a {board.title} with {total / 1e9:.1f} GB.",
@@ -88,13 +87,6 @@ def _check(profile: Profile, target: BoardTarget, file: str) -> None:
             f"{file} was made with the backend {profile.backend}, and plans of boards are for tensorrt.",
             fix="Profile with --backend tensorrt.",
         )
-
-
-def _named_alike(machine: str, board: str) -> bool:
-    """`NVIDIA Jetson Orin NX Engineering Reference Developer Kit` is a `Jetson Orin NX 16GB`: memory is looked at apart."""
-    model = [word for word in board.lower().split() if word in ("agx", "orin", "nx", "nano", "thor")]
-    words = machine.lower().split()
-    return all(word in words for word in model) and not any(word in words for word in {"nx", "nano", "agx", "thor"} - set(model))
 
 
 def _profiled(profile: Profile, model: PlannedModel, file: str) -> PlannedModel:

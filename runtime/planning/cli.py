@@ -100,5 +100,3 @@ def _check_options(
         raise UsageError("no board is named.", fix=f"Give --board, one of {known}; or --all.")
     if not every and (png is not None or html is not None):
         raise UsageError("--png and --html draw the comparison of --all.", fix="Add --all.")
-    if board == THIS and mode is not None:
-        raise UsageError("power modes are of boards, not of this machine.", fix="Leave --mode out.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from keepsight.runtime.boards import boards
 from keepsight.runtime.planning.calibrate import calibrated
@@ -17,18 +18,31 @@ THIS = "this"
 
 
 def open_target(name: str, mode: str | None, model: PlannedModel, profiles: Sequence[str]) -> Target:
-    """The target of a name.
+    """The target of a name. `this` is a Jetson in the power mode that it is in, or else this machine's processor.
 
     Raises:
         UsageError: there is no such board or mode, or a profile does not belong to it.
     """
-    if name == THIS:
-        from keepsight.runtime.planning.this_machine import this_machine
-
-        target: Target = this_machine()
-    else:
-        if name not in {board.name for board in boards()}:
-            known = ", ".join([*(board.name for board in boards()), THIS])
-            raise UsageError(f"no board {name!r} is known.", fix=f"Known are {known}.")
-        target = BoardTarget.of(hardware(name, mode))
+    target = _this(mode) if name == THIS else _board(name, mode)
     return calibrated(target, model, profiles) if profiles else target
+
+
+def _board(name: str, mode: str | None) -> BoardTarget:
+    if name not in {board.name for board in boards()}:
+        known = ", ".join([*(board.name for board in boards()), THIS])
+        raise UsageError(f"no board {name!r} is known.", fix=f"Known are {known}.")
+    return BoardTarget.of(hardware(name, mode))
+
+
+def _this(mode: str | None, root: Path = Path("/")) -> Target:
+    from keepsight.runtime.planning.here import board_here
+    from keepsight.runtime.planning.this_machine import this_machine
+    from keepsight.runtime.sensors.modes import power_mode
+
+    board = board_here(root)
+    if board is not None:
+        now = power_mode(root)
+        return _board(board.name, mode or (None if now is None else now.name))
+    if mode is not None:
+        raise UsageError("this machine is no Jetson, and has no power modes.", fix="Leave --mode out.")
+    return this_machine()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product as all_pairs
 from pathlib import Path
 
@@ -143,6 +144,17 @@ def test_probes_run() -> None:
     rates = fit_rates(found)
     assert set(found.medians()) >= {*map(str, PRODUCTS), *WORK_VALUES, "run", "nodes", "bandwidth"}
     assert rates.peak > 0 and all(value > 0 for value in rates.work.values())
+
+
+def test_the_measured_figures_are_of_models_that_were_not_calibrated_with_and_near() -> None:
+    record = json.loads((Path(__file__).parents[3] / "docs" / "plan-check.json").read_text())
+    judged = [row for row in record["stages"] if row["judged"]]
+    for row in judged:
+        assert row["ratio"] == pytest.approx(row["predicted_ms"] / row["measured_ms"], abs=0.01)
+    off = {row["model"] for row in judged if abs(row["ratio"] - 1) > 0.25}
+    models = {row["model"] for row in record["stages"]}
+    assert len(models - off) == record["summary"]["models_within_25_percent"] >= 6
+    assert record["summary"]["worst_error"] == pytest.approx(max(abs(row["ratio"] - 1) for row in judged), abs=0.001)
 
 
 def test_no_product_of_the_shipped_bundle_is_among_the_probes() -> None:
