@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test-environment lint test results restart-test flatness memory-study int8-table av-alignment full-size fault-table soak frame-age stream-speed many-cameras side-cost clean
+.PHONY: help setup demo test-environment lint test results cost-check plan-check restart-test flatness memory-study int8-table av-alignment full-size fault-table soak frame-age stream-speed many-cameras side-cost profile-checks clean
 
 # Settings of this machine that should outlast one command, as `export NAME := value`; not under version control.
 -include local.mk
@@ -19,7 +19,7 @@ help:
 	@echo "make test    set up what is missing, then ruff, mypy and pytest (options: PYTEST_ARGS=...)"
 	@echo "make setup   only the set-up of make demo: system packages, .venv, llama.cpp, keepsight[tiny]"
 	@echo "make lint    only ruff and mypy"
-	@echo "make results measure the README's accuracy table again (about 20 minutes)"
+	@echo "make results measure the accuracy table of keepsight-tiny again (about 20 minutes)"
 	@echo "make restart-test  kill a watching process 50 times, restore it, compare its answers with an unbroken run's (about 4 minutes)"
 	@echo "make flatness time and memory over 100,000 frames again (about 30 minutes)"
 	@echo "make memory-study measure how long memories hold, and what glitch frames do to them (about 15 minutes)"
@@ -30,7 +30,10 @@ help:
 	@echo "make stream-speed frames/s out of H.264 files of 720p and 1080p, copies of each frame, what reusing their memory saves (about 2 minutes)"
 	@echo "make many-cameras eight RTSP cameras and one consumer: rates, ages, drops, fairness; one camera hangs, one is killed (about 2 minutes)"
 	@echo "make side-cost what a preview and a recording cost beside a live 720p30 camera (about 2 minutes)"
+
+	@echo "make profile-checks  do a profile's stages add up, what does profiling cost, do comparisons find what changed (about 20 minutes)"
 	@echo "make av-alignment measure how far apart sound and pictures of the same moment come out of files of 10 minutes (about 2 minutes)"
+	@echo "make cost-check compare the multiply-adds that exports count with onnx-tool's (half a minute)"
 	@echo "make full-size export models of full size with random weights (30 GB of disk, 16 GB of memory, about 45 minutes)"
 	@echo "make clean   remove .venv and everything built (not the cache of llama.cpp wheels)"
 	@echo
@@ -82,6 +85,10 @@ soak: test-environment
 frame-age: test-environment
 	@.venv/bin/python scripts/frame-age $(ARGS)
 
+cost-check: test-environment
+	@.venv/bin/python -c "import onnx_tool" 2>/dev/null || .venv/bin/python -m pip install --no-deps onnx-tool tabulate
+	@.venv/bin/python scripts/cost-check
+
 stream-speed: test-environment
 	@.venv/bin/python scripts/stream-speed $(ARGS)
 
@@ -90,6 +97,9 @@ many-cameras: test-environment
 
 side-cost: test-environment
 	@.venv/bin/python scripts/side-cost $(ARGS)
+
+profile-checks: test-environment
+	@.venv/bin/python scripts/profile-checks $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

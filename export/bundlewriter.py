@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from keepsight.export.costs import with_costs
 from keepsight.export.efficientnet import CHANNELS, GRID, IMAGE_SIZE
 from keepsight.export.graphs import export_qformer
 from keepsight.export.memory_graph import write_memory_graph
@@ -118,4 +119,4 @@ def write_bundle(
         provenance=provenance,
     )  # fmt: skip
     write_memory_graph(folder, manifest.dims)
-    return write_manifest(folder, manifest)
+    return write_manifest(folder, with_costs(folder, manifest))

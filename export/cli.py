@@ -42,6 +42,7 @@ def commands(app: typer.Typer) -> None:
     app.command()(quantize)
     app.command()(verify)
     app.command()(train)
+    app.command()(count)
     bench = typer.Typer(help="Measure the fast paths beside the plain ones.", no_args_is_help=True)
     bench.command("memory")(bench_memory)
     app.add_typer(bench, name="bench")
@@ -150,6 +151,21 @@ def quantize(
         f"{done.file_bytes[0] / 1e6:.1f} MB (before: {done.file_bytes[1] / 1e6:.1f})"
     )
     _print_memory(done.memory, len(pictures))
+
+
+def count(
+    bundle: Annotated[str, typer.Argument(help="A bundle's directory; its manifest gets the costs.")],
+) -> None:
+    """Count what a run of each graph costs, for `keepsight plan`: exports of this version have it, older ones get it."""
+    _need("onnx")
+    from keepsight.export.costs import count_bundle
+    from keepsight.runtime.bundle import SHIPPED, Bundle
+
+    if bundle in SHIPPED:
+        raise UsageError(f"{bundle} is the shipped bundle, and has been counted.", fix=f"Look: keepsight plan {bundle} --all")
+    opened = Bundle.open(bundle)
+    for name, graph in count_bundle(opened.path).graphs.items():
+        typer.echo(f"{name:10} {(graph.flops or 0) / 1e9:10.3f} GFLOP {(graph.bytes or 0) / 1e6:10.1f} MB")
 
 
 def _print_memory(memory: Agreement, frames: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from keepsight.export.checkpoints import Checkpoint
+from keepsight.export.costs import with_costs
 from keepsight.export.eva import EvaVision
 from keepsight.export.graphs import GRAPHS, export_qformer
 from keepsight.export.half import too_large
@@ -258,7 +259,7 @@ def _write(
     write_memory_graph(folder, manifest.dims)
     if large:
         manifest = manifest.model_copy(update={"provenance": {**manifest.provenance, FLOAT32: large}})
-    return write_manifest(folder, manifest)
+    return write_manifest(folder, with_costs(folder, manifest))
 
 
 def manifest_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,9 @@ from keepsight.runtime.footprint import Fit, Footprint, LanguageShape, banks, en
 from keepsight.runtime.gguf_cache import QUANTISATIONS
 from keepsight.runtime.gguf_rows import matrix_shapes
 from keepsight.runtime.gguf_sizes import file_bytes
-from keepsight.runtime.manifest import MANIFEST, CurrentInfo, LLMInfo, Manifest, TableInfo, manifest_text
+from keepsight.runtime.manifest import MANIFEST, Cost, CurrentInfo, LLMInfo, Manifest, TableInfo, manifest_text
+from keepsight.runtime.planning.costs import total_bytes
+from keepsight.runtime.planning.shapes import QFormerShape, VisionShape, qformer_costs, vision_cost
 
 __all__ = ["LanguageModel", "Preview", "preview"]
 
@@ -93,12 +95,17 @@ def preview(checkpoint: Checkpoint, out: Path, options: Conversion) -> Preview:
         info = LLMInfo(file=LLM_FILE, sha256=_HASH, licence="see the model's own")
     manifest = manifest_of(checkpoint, out.name, position_policy(checkpoint), options, info)
     files.append(File(MEMORY_FILE, len(memory_graph_bytes(manifest.dims)), "exact"))
-    manifest = manifest.model_copy(update={"files": {file.name: _HASH for file in files}})
-    files.append(File(MANIFEST, len(manifest_text(manifest).encode()), "exact"))
+    manifest = sizes.with_costs(manifest.model_copy(update={"files": {file.name: _HASH for file in files}}), options.precision)
+    files.append(File(MANIFEST, len(manifest_text(manifest).encode()), "estimated"))
     footprint = sizes.footprint(manifest, options)
     fits = tuple(fit(footprint, board) for board in boards())
     changes = {one.board.name: sizes.advice(manifest, options, one.board) for one in fits if not one.fits}
     return Preview(manifest, options.precision, llm, tuple(files), graphs.weights(), footprint, fits, changes)
+
+
+def _different(costs: Iterable[Cost]) -> tuple[Cost, ...]:
+    """Those of a graph without text once."""
+    return tuple({cost.text: cost for cost in costs}.values())
 
 
 def _table_file(checkpoint: Checkpoint) -> Iterator[File]:
@@ -124,6 +131,23 @@ class _Sizes:
         marked = isinstance(position_policy(checkpoint), CurrentInfo)
         qformer = with_marker(checkpoint.qformer) if marked else checkpoint.qformer
         return GraphSizes(checkpoint.vision, qformer, precision)
+
+    def with_costs(self, manifest: Manifest, precision: Precision) -> Manifest:
+        """The manifest with what a run of each graph will cost, counted from sizes."""
+        dims, config = manifest.dims, self._checkpoint.qformer
+        config = with_marker(config) if isinstance(manifest.positions, CurrentInfo) else config
+        eva = self._checkpoint.vision
+        vision = VisionShape(eva.image_size, eva.patch, eva.width, eva.blocks, eva.heads, eva.mlp)
+        qformer = QFormerShape(dims, config.ffn, config.position_rows)
+        counted: dict[str, tuple[Cost, ...]] = {"vision": (vision_cost(vision),)}
+        rows = [qformer_costs(qformer, text) for text in dims.text_buckets]
+        counted |= {name: _different(row[name] for row in rows) for name in rows[0]}
+        graphs = {}
+        for name, info in manifest.graphs.items():
+            costs = counted[name]
+            moved = total_bytes(costs[-1], precision)
+            graphs[name] = info.model_copy(update={"costs": costs, "flops": costs[-1].flops, "bytes": moved})
+        return manifest.model_copy(update={"graphs": graphs})
 
     def language_model(self, options: Conversion) -> LanguageModel | None:
         source = self._source

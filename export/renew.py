@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from keepsight.export.costs import with_costs
 from keepsight.export.graphs import GRAPHS, Replay, dynamic_axes, example_inputs
 from keepsight.export.onnxfile import HALF_MIN_ELEMENTS, export_onnx
 from keepsight.export.weights import WEIGHTS, load_qformer
@@ -50,7 +51,7 @@ def renew_replay(folder: Path) -> Path:
     partial = folder / ".replay.onnx.part"
     partial.write_bytes(model.SerializeToString(deterministic=True))
     os.replace(partial, folder / "replay.onnx")
-    write_manifest(folder, manifest)
+    write_manifest(folder, with_costs(folder, manifest))
     return folder / "replay.onnx"
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from keepsight.runtime.answer import Answer
     from keepsight.runtime.bundle import Bundle
+    from keepsight.runtime.cameras import CameraWatcher
     from keepsight.runtime.feature_log import FeatureLog
     from keepsight.runtime.llm import LLM
     from keepsight.runtime.memory import MemoryBank
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
     from keepsight.runtime.session import Session
     from keepsight.runtime.snapshot import Snapshot
 
-__all__ = ["LLM", "Answer", "Bundle", "FeatureLog", "MemoryBank", "Saver", "Session", "Snapshot"]
+__all__ = ["LLM", "Answer", "Bundle", "CameraWatcher", "FeatureLog", "MemoryBank", "Saver", "Session", "Snapshot"]
 
 # Loaded when first named, so that `keepsight --help` does not wait for onnxruntime and llama.cpp.
 _HOMES = {
-    "Answer": "answer", "Bundle": "bundle", "FeatureLog": "feature_log", "LLM": "llm", "MemoryBank": "memory", "Saver": "saver",
-    "Session": "session", "Snapshot": "snapshot",
+    "Answer": "answer", "Bundle": "bundle", "CameraWatcher": "cameras", "FeatureLog": "feature_log", "LLM": "llm",
+    "MemoryBank": "memory", "Saver": "saver", "Session": "session", "Snapshot": "snapshot",
 }  # fmt: skip
 
 

@@ -72,6 +72,7 @@ class Answer:
         remembered: where nothing is remembered of `interval`, of what there is something.
         evidence: where the Q-Former looked; None if it was not asked for, or the bundle's `replay` does not tell.
         calendar: writes the times of this stream.
+        degraded: what was left out when it was asked, because the machine was too hot, too full or too busy (`governor.py`).
     """
 
     text: str
@@ -85,6 +86,7 @@ class Answer:
     remembered: tuple[Interval, ...] = ()
     evidence: Evidence | None = None
     calendar: Calendar | None = None
+    degraded: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -96,6 +98,8 @@ class Answer:
             result["evidence"] = None if self.evidence is None else self.evidence.as_dict(calendar)
             if self.finish == NOTHING_REMEMBERED:
                 result["remembered"] = [calendar.as_dict(span) for span in self.remembered]
+        if self.degraded:
+            result |= {"level": len(self.degraded), "degraded": list(self.degraded)}
         return result
 
 
@@ -118,6 +122,11 @@ class AnswerStream(Iterator[str]):
 
     def __next__(self) -> str:
         return next(self._generation)
+
+    @property
+    def written(self) -> Written:
+        """What the language model says of it, once `result` has been read."""
+        return self._generation.result
 
     @property
     def result(self) -> Answer:

@@ -13,6 +13,7 @@ from keepsight.runtime.tokenizer import TextTokenizer
 from keepsight.streams import Source
 from keepsight.streams.branches import Branch
 from keepsight.streams.errors import BundleError, MissingModelError, UsageError
+from keepsight.streams.timing import PipelineTiming
 
 __all__ = ["SHIPPED", "Bundle"]
 
@@ -73,7 +74,13 @@ class Bundle:
         return self.path / self.manifest.graphs[name].files[variant]
 
     def source(
-        self, uri: str | Path, *, fps: float | None = None, realtime: bool = False, branches: Sequence[Branch] = ()
+        self,
+        uri: str | Path,
+        *,
+        fps: float | None = None,
+        realtime: bool = False,
+        branches: Sequence[Branch] = (),
+        timing: PipelineTiming | None = None,
     ) -> Source:
         """Open a source of frames as the vision graph takes them: scaled and sampled as the manifest says.
 
@@ -82,6 +89,7 @@ class Bundle:
             fps: another rate than the manifest's.
             realtime: let a file play at its own speed, as a camera.
             branches: what hangs on the stream beside the frames.
+            timing: times each frame's way through the pipeline.
 
         Raises:
             KeepsightError: what `Source` raises.
@@ -96,6 +104,7 @@ class Bundle:
             fps=fps or self.manifest.sample_fps,
             pace="realtime" if realtime else "auto",
             branches=branches,
+            timing=timing,
         )
 
     def precision(self, name: str) -> str:

@@ -17,9 +17,11 @@ from keepsight.runtime.options import (
     BackendOption,
     BetweenOption,
     BundleOption,
+    CameraOption,
     EvidenceOption,
     FeatureLogOption,
     GateOption,
+    GovernorOption,
     GraphsOption,
     JsonOption,
     LogBytesOption,
@@ -204,7 +206,10 @@ def show_memory(
 
 @app.command()
 def run(
-    source: Annotated[str, typer.Argument(help="A camera, a stream, or a file that plays in real time as a camera.")],
+    source: Annotated[
+        str | None, typer.Argument(help="A camera, a stream, or a file that plays in real time as a camera.", show_default=False)
+    ] = None,
+    camera: CameraOption = None,
     bundle: BundleOption = "tiny",
     variant: VariantOption = None,
     memory: MemoryOption = "mbc",
@@ -221,23 +226,46 @@ def run(
     preview: PreviewOption = None,
     record: RecordOption = None,
     record_bytes: RecordBytesOption = "2GB",
+    governor: GovernorOption = "on",
 ) -> None:
-    """Watch live and answer what you type; Ctrl-C or Ctrl-D leaves."""
+    """Watch live and answer what you type; Ctrl-C or Ctrl-D leaves.
+
+    With `--camera door=rtsp://... --camera yard=/dev/video1` each camera has a memory of its own, and a line for one begins with
+    its name: `door: what is there?`. Snapshots, logs and recordings are then of each camera, in the folder that is named.
+    """
+    from keepsight.runtime.cameras_run import converse_with_cameras, folders, kept_each, parse_cameras, sessions_for
+    from keepsight.runtime.governor_live import governed
+    from keepsight.runtime.governor_steps import parse_steps
     from keepsight.runtime.keep import kept, parse_bytes
-    from keepsight.runtime.side import beside
+    from keepsight.runtime.side import beside, beside_each
     from keepsight.runtime.watch import converse
 
-    _refuse_missing(source)
     budget = parse_bytes(log_bytes)
+    parse_steps(governor)
+    keep: dict[str, Any] = {"snapshot": snapshot, "save_every_s": save_every, "kv": snapshot_kv}
+    keep |= {"log": feature_log, "log_every_s": log_every, "log_bytes": budget}
+    if camera or source is None:
+        uris = parse_cameras(camera or [], source)
+        with _session(bundle, variant, memory, threads, backend, cuda_graphs, gate) as first:
+            sessions = sessions_for(first, list(uris))
+            with (
+                kept_each(sessions, uris, **keep) as logs,
+                beside_each(list(uris), preview, folders("--record", record, list(uris)), parse_bytes(record_bytes)) as branches,
+                governed(list(sessions.values()), governor, _tell) as at_work,
+            ):
+                status = None if at_work is None else at_work.status
+                converse_with_cameras(sessions, uris, logs=logs, branches=branches, status=status)
+            for name, session in sessions.items():
+                _tell_gate(session, f"{name}: ")
+        return
+    _refuse_missing(source)
     with (
         _session(bundle, variant, memory, threads, backend, cuda_graphs, gate) as session,
-        kept(
-            session, source, snapshot=snapshot, save_every_s=save_every, kv=snapshot_kv,
-            log=feature_log, log_every_s=log_every, log_bytes=budget,
-        ),
+        kept(session, source, **keep),
         beside(source, preview, record, record_bytes) as branches,
+        governed(session, governor, _tell) as at_work,
     ):  # fmt: skip
-        converse(session, source, log=feature_log, branches=branches)
+        converse(session, source, log=feature_log, branches=branches, status=None if at_work is None else at_work.status)
         _tell_gate(session)
 
 
@@ -259,13 +287,18 @@ def watch(
     cuda_graphs: GraphsOption = True,
     threads: ThreadsOption = None,
     preview: PreviewOption = None,
+    governor: GovernorOption = "on",
     as_json: JsonOption = False,
 ) -> None:
     """Carry questions along and print an answer whenever it changes; Ctrl-C leaves with a summary."""
+    from keepsight.runtime.governor_live import governed
+    from keepsight.runtime.governor_steps import parse_steps
     from keepsight.runtime.side import beside
     from keepsight.runtime.standing import StandingQuestions, follow_camera, follow_file, parse_question
 
     asked = [parse_question(spelling) for spelling in question]
+    parse_steps(governor)
+    degraded: dict[str, Any] = {}
     _refuse_missing(source)
     with _session(bundle, variant, memory, threads, backend, cuda_graphs, gate) as session:
         standing = StandingQuestions(
@@ -275,8 +308,12 @@ def watch(
         frames = session.source(source)
         try:
             if realtime or frames.is_live:
-                with beside(source, preview, None) as branches:
-                    follow_camera(standing, source, until_s=seconds, branches=branches)
+                with beside(source, preview, None) as branches, governed(session, governor, _tell) as at_work:
+                    try:
+                        follow_camera(standing, source, until_s=seconds, branches=branches)
+                    finally:
+                        if at_work is not None and at_work.governor.transitions:
+                            degraded["governor"] = at_work.metrics()
             elif preview is not None:
                 raise UsageError("--preview of a file needs --realtime.", fix="Add --realtime.")
             else:
@@ -285,7 +322,7 @@ def watch(
         except KeyboardInterrupt:
             typer.echo(err=True)
         if as_json:
-            _print_json(standing.summary.as_dict())
+            _print_json(standing.summary.as_dict() | degraded)
         else:
             typer.echo(str(standing.summary), err=True)
         _tell_gate(session)
@@ -509,10 +546,14 @@ def _session(
     return Session(opened, memory=memory, threads=threads, engines=engines, gate=FrameGate() if gate else None)
 
 
-def _tell_gate(session: Session) -> None:
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _tell_gate(session: Session, whose: str = "") -> None:
     """Say on stderr what the gate left out, if there is a gate."""
     if session.gate is not None:
-        typer.echo(str(session.gate), err=True)
+        typer.echo(f"{whose}{session.gate}", err=True)
 
 
 def _print_json(value: Any) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from keepsight.streams.errors import EngineError, MissingComponentError
 
-__all__ = ["CudaGraph", "CudaStream", "DeviceGraph", "DeviceStream", "call", "start_driver"]
+__all__ = ["CudaEvent", "CudaGraph", "CudaStream", "DeviceEvent", "DeviceGraph", "DeviceStream", "call", "start_driver"]
 
 Array = npt.NDArray[Any]
 
@@ -26,6 +26,20 @@ class DeviceGraph(Protocol):
 
     def launch(self) -> None:
         """Enqueue it on the stream that it was captured from."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class DeviceEvent(Protocol):
+    """A moment of a stream, as the device's own clock sees it."""
+
+    def record(self) -> None:
+        """The moment is when all that was enqueued on the stream before is done."""
+        ...
+
+    def ms_since(self, earlier: Any) -> float:
+        """Milliseconds from another event of the stream; waits until this one has passed."""
         ...
 
     def close(self) -> None: ...
@@ -75,18 +89,25 @@ class DeviceStream(Protocol):
         """Record what a function enqueues, which is not run, as a graph."""
         ...
 
+    def event(self) -> DeviceEvent:
+        """A moment to be recorded."""
+        ...
+
     def close(self) -> None: ...
 
 
 class CudaStream:
     """A stream of the first GPU.
 
+    Args:
+        urgent: its kernels go first, as soon as a multiprocessor is free, where others of this process wait too (llama.cpp's).
+
     Raises:
         MissingComponentError: there is no CUDA driver, or no cuda-python.
         EngineError: there is no GPU, or the driver refuses; from every method.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, urgent: bool = False) -> None:
         self._driver = start_driver()
         self._turn = threading.RLock()
         self._device = call(self._driver, "cuDeviceGet", 0)
@@ -94,7 +115,10 @@ class CudaStream:
         # The default stream would wait for llama.cpp's work, and it for ours.
         flags = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         with self:
-            self._stream: Any = call(self._driver, "cuStreamCreate", int(flags))
+            least, greatest = call(self._driver, "cuCtxGetStreamPriorityRange")
+            self._stream: Any = call(
+                self._driver, "cuStreamCreateWithPriority", int(flags), greatest if urgent else least
+            )
 
     @property
     def handle(self) -> int:
@@ -153,6 +177,10 @@ class CudaStream:
         finally:
             call(self._driver, "cuGraphDestroy", graph)
 
+    def event(self) -> CudaEvent:
+        """See :meth:`DeviceStream.event`; the stream must be held."""
+        return CudaEvent(self._driver, self._open())
+
     def close(self) -> None:
         """Free the stream; closing it twice is no error."""
         if self._stream is not None:
@@ -182,6 +210,27 @@ class CudaGraph:
 
     def close(self) -> None:
         call(self._driver, "cuGraphExecDestroy", self._executable)
+
+
+class CudaEvent:
+    """See :class:`DeviceEvent`; made by :meth:`CudaStream.event`. Whoever uses it holds the stream."""
+
+    def __init__(self, driver: Any, stream: Any) -> None:
+        self._driver, self._stream = driver, stream
+        self._event: Any = call(driver, "cuEventCreate", 0)  # with its time, and no blocking of the host's thread
+
+    def record(self) -> None:
+        call(self._driver, "cuEventRecord", self._event, self._stream)
+
+    def ms_since(self, earlier: CudaEvent) -> float:
+        call(self._driver, "cuEventSynchronize", self._event)
+        return float(call(self._driver, "cuEventElapsedTime", earlier._event, self._event))
+
+    def close(self) -> None:
+        """Free the event; closing it twice is no error."""
+        if self._event is not None:
+            call(self._driver, "cuEventDestroy", self._event)
+            self._event = None
 
 
 def start_driver() -> Any:

@@ -12,7 +12,7 @@ import logging
 import os
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ except (ImportError, OSError, RuntimeError) as error:
         fix="Install it with `pip install --force-reinstall llama-cpp-python==0.3.36`.",
     ) from error
 
-__all__ = ["C", "Llama", "last_complaint", "physical_cores"]
+__all__ = ["C", "Llama", "Perf", "last_complaint", "physical_cores"]
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
@@ -71,6 +71,15 @@ def physical_cores() -> int:
     return max(1, len(cores))
 
 
+class Perf(NamedTuple):
+    """llama.cpp's own count: rows of prompts, and single tokens, with the milliseconds that decoding them took."""
+
+    prompt_ms: float
+    prompt_rows: int
+    token_ms: float
+    tokens: int
+
+
 class Llama:
     """A GGUF model with one context of several sequences that share one key-value cache.
 
@@ -100,6 +109,7 @@ class Llama:
             self.close()
             raise
         self._memory = C.llama_get_memory(self._context)
+        self.n_threads = n_threads
         self._vocabulary = C.llama_model_get_vocab(self._model)
         self.architecture = self._metadata("general.architecture")
         self.n_embd: int = C.llama_model_n_embd_inp(self._model)
@@ -125,6 +135,45 @@ class Llama:
     def closed(self) -> bool:
         """Whether `close` has run."""
         return self._model is None
+
+    @property
+    def position_bytes(self) -> int:
+        """About what a position of the context takes: its keys and values of all layers, in F16."""
+        width = C.llama_model_n_embd(self._model) // C.llama_model_n_head(self._model) * C.llama_model_n_head_kv(self._model)
+        return int(2 * 2 * C.llama_model_n_layer(self._model) * width)
+
+    # What may change while the model stays loaded
+
+    def set_threads(self, count: int) -> None:
+        """Computes with so many CPU threads from the next call on."""
+        C.llama_set_n_threads(self._context, count, count)
+        self.n_threads = count
+
+    def resize(self, n_ctx: int) -> None:
+        """Opens another, empty context over the loaded model; the memory of the old one is given back first.
+
+        Raises:
+            LLMError: the model was not trained for so many positions; there is no room, and the old context, opened again, is
+                empty. If there is no room for that one either, everything is closed.
+        """
+        self._check_kind(n_ctx)
+        before, n_batch, n_sequences = self.n_ctx, self.n_batch, self.n_sequences
+        C.llama_free(self._context)
+        self._context = None
+        try:
+            try:
+                self._context = self._open_context(n_ctx, self.n_threads, n_batch, n_sequences)
+            except LLMError:
+                self._context = self._open_context(before, self.n_threads, n_batch, n_sequences)
+                raise
+        except BaseException:
+            if self._context is None:
+                self.close()
+            raise
+        finally:
+            if self._context is not None:
+                self._memory = C.llama_get_memory(self._context)
+                self.n_ctx = C.llama_n_ctx(self._context)
 
     # Text
 
@@ -164,6 +213,14 @@ class Llama:
     def is_control(self, token: int) -> bool:
         """Whether the token steers the model instead of standing for text."""
         return bool(C.llama_vocab_is_control(self._vocabulary, token)) or self.ends(token)
+
+    def perf(self) -> Perf:
+        """What llama.cpp itself has counted and timed since the last `perf`."""
+        data = C.llama_perf_context(self._context)
+        C.llama_perf_context_reset(self._context)
+        # It counts batches of one row as tokens, all others as prompts, and says 1 where there were none.
+        prompt_ms, token_ms = float(data.t_p_eval_ms), float(data.t_eval_ms)
+        return Perf(prompt_ms, int(data.n_p_eval) if prompt_ms else 0, token_ms, int(data.n_eval) if token_ms else 0)
 
     # Decoding
 
@@ -287,6 +344,7 @@ class Llama:
         parameters.n_threads = parameters.n_threads_batch = n_threads
         parameters.n_seq_max = n_sequences
         parameters.kv_unified = True  # otherwise every sequence gets only n_ctx / n_sequences positions
+        parameters.no_perf = False  # it reads a clock before and after a call, for `perf`
         parameters.swa_full = True  # otherwise cutting a sliding-window sequence silently empties it
         context = C.llama_init_from_model(self._model, parameters)
         if not context:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from keepsight.runtime.beams import Hypothesis, beam_search, log_softmax
 from keepsight.runtime.gguf_rows import GGUFMatrix, find_matrix
-from keepsight.runtime.llama import Llama, physical_cores
+from keepsight.runtime.llama import Llama, Perf, physical_cores
 from keepsight.runtime.prompt import Block, blocks_of, tokenise
 from keepsight.runtime.sampling import Decoding, Sampler, TextStream
 from keepsight.runtime.segments import Embeds, Segment, Special, Text, Tokens, render, verbatim
@@ -33,6 +33,7 @@ __all__ = [
     "Answer",
     "Embeds",
     "Generation",
+    "Perf",
     "Prefill",
     "RankedOption",
     "Score",
@@ -82,6 +83,7 @@ class Answer:
         first_token_s: seconds from the start of the prefill until the first token was known (for beams: until the end).
         tokens_per_s: speed of the tokens after the first, the reader's own time left out; 0 if there were none.
         logprob: of the answer, for a beam search only.
+        token_s: seconds that each token took to come, the first and the end token included; none for a beam search.
     """
 
     text: str
@@ -93,6 +95,7 @@ class Answer:
     first_token_s: float = 0.0
     tokens_per_s: float = 0.0
     logprob: float | None = None
+    token_s: tuple[float, ...] = ()
 
 
 class Generation(Iterator[str]):
@@ -182,7 +185,6 @@ class LLM:
         self._seed = seed
         self._table: GGUFMatrix | None = None
         self._pieces: dict[int, bytes] = {}
-        self.n_threads = threads
         if self_check:
             try:
                 self.check_embeddings()
@@ -227,6 +229,47 @@ class LLM:
     def n_batch(self) -> int:
         """Rows decoded by one call."""
         return self._llama.n_batch
+
+    @property
+    def n_threads(self) -> int:
+        """CPU threads."""
+        return self._llama.n_threads
+
+    @property
+    def position_bytes(self) -> int:
+        """About what a position of the context takes."""
+        return self._llama.position_bytes
+
+    @property
+    def newest_prefill(self) -> Prefill | None:
+        """What the last prompt took; None before the first."""
+        return self._sequences.newest
+
+    # What may change while the model stays loaded
+
+    def set_threads(self, count: int) -> None:
+        """Computes with so many CPU threads from the next call of llama.cpp on, also in answers that are open.
+
+        Raises:
+            UsageError: fewer than 1.
+        """
+        if count < 1:
+            raise UsageError(f"n_threads={count}.", fix="It must be at least 1.")
+        with self._sequences.lock:
+            self._sequences.check_open()
+            self._llama.set_threads(count)
+
+    def resize(self, n_ctx: int) -> bool:
+        """Opens a context of another size over the loaded model: a smaller one gives memory back. The kept prompt is forgotten.
+
+        Returns:
+            False, and nothing has changed, if an answer is open: it has its state in the context. Try again when it is read.
+
+        Raises:
+            LLMError: the model was not trained for so many positions, or there is no memory; the context is then as large as
+                it was, or, if there is no memory even for that, the model is closed.
+        """
+        return self._sequences.resize(n_ctx)
 
     # What a prompt is made of
 
@@ -297,6 +340,30 @@ class LLM:
         if all_positions:
             return self._sequences.logits_everywhere(blocks)
         return self._sequences.prefill(blocks)[0].copy()
+
+    def perf(self) -> Perf:
+        """What llama.cpp itself has counted and timed since the last call, to compare with `Answer`'s times."""
+        with self._sequences.lock:
+            self._sequences.check_open()
+            return self._llama.perf()
+
+    def pace(self, segments: Sequence[Segment], tokens: int) -> Iterator[float]:
+        """Decodes so many tokens after a prompt, the likeliest each, end tokens too; gives the seconds that each took.
+
+        To measure with: other answers may be read between two of them.
+
+        Raises:
+            LLMError: the prompt and the tokens do not fit the context.
+        """
+        blocks = self._blocks(segments)
+        self._sequences.check_room(blocks, tokens, f"{tokens} new tokens")
+        with self._sequences.branches(1) as (branch,):
+            logits, prefill = self._start(blocks, [branch], threading.Event())
+            for position in range(prefill.rows, prefill.rows + tokens):
+                started = perf_counter()
+                row = np.array([logits.argmax()], np.int32)
+                logits = self._sequences.decode(row, np.array([position]), np.array([branch]))[0]
+                yield perf_counter() - started
 
     # Answers
 
@@ -431,6 +498,7 @@ class LLM:
             prefill_s=prefill.seconds,
             first_token_s=prefill.seconds + seconds[0],
             tokens_per_s=(len(seconds) - 1) / sum(seconds[1:]) if len(seconds) > 1 else 0.0,
+            token_s=tuple(seconds),
         )
 
     def _sampler(self, decoding: Decoding) -> Sampler:

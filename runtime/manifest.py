@@ -24,8 +24,10 @@ from keepsight.streams.view import Aspect, Colorimetry, Scaler
 
 __all__ = [
     "MANIFEST",
+    "PRODUCT",
     "SCHEMA_VERSION",
     "AgeInfo",
+    "Cost",
     "CurrentInfo",
     "Decoding",
     "Dims",
@@ -39,6 +41,7 @@ __all__ = [
     "System",
     "TableInfo",
     "Templates",
+    "Work",
     "read_manifest",
     "sha256_of",
     "write_manifest",
@@ -66,6 +69,10 @@ BundleFile = Annotated[str, AfterValidator(_inside)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Work = Literal["map", "gelu", "softmax", "norm", "reduce", "move"]
+"""What is no product: arithmetic value by value, Gelu, softmax, layer norm, sums, and moving (transpose, join, gather, cast)."""
+PRODUCT = r"^(conv )?([1-9]\d*\*)?[1-9]\d*x[1-9]\d*x[1-9]\d*( w)?$"
+"""How the shape of a product is written."""
 
 
 class _Part(BaseModel):
@@ -251,18 +258,50 @@ class TableInfo(_Part):
         return 1
 
 
+class Cost(_Part):
+    """The work of one run of a graph, of one frame and one question: counted by `export/costs.py`, read by `runtime/planning`.
+
+    Traffic is counted in values, not bytes, since a value has another width in each precision; nothing is taken to be fused but
+    Gelu. Products are those of matrices and convolutions, as `[batch*]MxKxN`: `12*32x64x257` is twelve products of 32 x 64 by
+    64 x 257. A second matrix of weights is marked by ` w`; a convolution is `conv ` and its product of patches by weights, its
+    batch the number of groups.
+
+    Attributes:
+        text: L, rows of text; 0 for a graph that has none.
+        flops: 2 for each multiply-add of a product, and what all else computes: 5 for each value of a softmax, 7 of a norm, 8 of
+            a Gelu, otherwise 1; moving costs none.
+        weights: values of weights that it reads.
+        product_values: read and written by products, weights left out.
+        other_values: read and written by what is no product, by its kind.
+        inputs_outputs: values of the graph's inputs and outputs.
+        kernels: operators that do something at run time.
+        products: how many of each shape.
+    """
+
+    text: Annotated[int, Field(ge=0)] = 0
+    flops: Annotated[int, Field(ge=0)]
+    weights: Annotated[int, Field(ge=0)]
+    product_values: Annotated[int, Field(ge=0)]
+    other_values: dict[Work, Annotated[int, Field(ge=0)]]
+    inputs_outputs: Annotated[int, Field(ge=0)]
+    kernels: Annotated[int, Field(ge=0)]
+    products: dict[Annotated[str, StringConstraints(pattern=PRODUCT)], Size]
+
+
 class GraphInfo(_Part):
     """One graph of the bundle.
 
     Attributes:
         files: variant (fp32, fp16, ...) -> .onnx file.
         flops: of one run (the vision graph: of one frame; text graphs: at the largest text bucket), if known.
-        bytes: of weights and activations moved by one run, if known.
+        bytes: of weights and activations moved by one run in the bundle's first variant, if known.
+        costs: its work in detail, at each text bucket, rising; None where nobody has counted it.
     """
 
     files: dict[str, BundleFile]
     flops: Annotated[int, Field(ge=0)] | None = None
     bytes: Annotated[int, Field(ge=0)] | None = None
+    costs: Annotated[tuple[Cost, ...], Field(min_length=1)] | None = None
 
 
 class LLMInfo(_Part):

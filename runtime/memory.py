@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keepsight.runtime.bank_state import RIDER, BankShape, check_state, rows_in_order, write_rows
+from keepsight.runtime.pages import give_back
 from keepsight.streams.errors import UsageError
 
 __all__ = ["COSINE_EPS", "MemoryBank", "Policy", "Rider"]
@@ -140,6 +141,8 @@ class MemoryBank:
     last     the current frame                    nothing
     ======== ==================================== =====================================
 
+    A bank can be told to store fewer slots for a while (:meth:`limit_to`): the shapes stay, what is out of use is masked.
+
     Cost. Slots are never moved to close a gap: each token has its own order of slot indices. A step reads five slots
     per token and writes two, whatever M is. Similarities of neighbours are kept, so that a step computes three
     cosines per token, and so are the norms. Products are summed in float64 whatever ``dtype`` is, which costs little:
@@ -153,6 +156,7 @@ class MemoryBank:
         last_merge: [G, n] int32, position in time order (0 = oldest) of the older slot of the last merge, -1 before the
             first. After an ``append`` it is the merge that followed the frame before; after ``settle``, the newest.
         frames_seen: frames appended since the last :meth:`reset`.
+        limit: slots that are stored at present, at most `length` (see :meth:`limit_to`).
     """
 
     def __init__(
@@ -195,7 +199,9 @@ class MemoryBank:
 
         self._compares = policy == "mbc"
         self._pair_to_merge = _PAIR_TO_MERGE.get(policy)
+        self.limit = length
         self._stored = _STORED[policy](length)
+        self._pack_due = False
         self._features = _Slots(groups, self.slots, tokens, channels, dtype)
         self._riders = {name: self._rider_slots(name, rider) for name, rider in (riders or {}).items()}
         self._new64, self._merged64, self._near64 = (np.empty((groups, tokens, channels)) for _ in range(3))
@@ -335,13 +341,37 @@ class MemoryBank:
 
         Args:
             pair: [G, n] positions in time order of the older slot to merge, instead of the policy's own choice: to repeat
-                what another bank did, and compare all else.
+                what another bank did, and compare all else. It is one merge, also where more are due.
 
         Raises:
             UsageError: a pair that is not in the bank.
         """
-        if self._count <= self._stored:
-            return
+        while self._count > self._stored:
+            self._make_room(pair)
+            if pair is not None:
+                return
+        if self._pack_due:
+            self._pack()
+
+    def limit_to(self, length: int) -> None:
+        """Store M' slots from here on, as a bank of that length would, until another limit.
+
+        Fewer than before: the next :meth:`settle` merges (or drops) until M' are left, one after the other, each as the policy
+        would; until then a reader sees what it saw. The memory of the slots that are never used under the limit is given back to
+        the system. More than before: there is room again. What was merged stays merged, what was dropped stays lost.
+
+        Args:
+            length: M', from 1 to `length`. The policies `average` and `last` store fewer anyway.
+
+        Raises:
+            UsageError: another number.
+        """
+        if not 1 <= length <= self.length:
+            raise UsageError(f"a memory bank of {self.length} slots can't store {length}.", fix=f"Use 1 to {self.length}.")
+        self._pack_due = length < self.limit or (self._pack_due and length == self.limit)
+        self.limit, self._stored = length, _STORED[self.policy](length)
+
+    def _make_room(self, pair: npt.ArrayLike | None) -> None:
         if self._pair_to_merge is None:
             self._drop_oldest()
         else:
@@ -396,11 +426,39 @@ class MemoryBank:
         self.sizes.reshape(-1)[at] = 0
         self.first_s.reshape(-1)[at] = np.nan
         self.last_s.reshape(-1)[at] = np.nan
-        before = self._position[:-1] < position[:, None]
-        for by_position in (self._order, self._similarity):
-            by_position[:, :-1] = np.where(before, by_position[:, :-1], by_position[:, 1:])
-        self._order[:, -1] = slot
         self._count -= 1
+        before = self._position[: self._count] < position[:, None]
+        for by_position in (self._order[:, : self._count + 1], self._similarity[:, : self._count + 1]):
+            by_position[:, :-1] = np.where(before, by_position[:, :-1], by_position[:, 1:])
+        self._order[:, self._count] = slot  # the next to be used: under a limit the others are never touched
+
+    def _pack(self) -> None:
+        """Move what is stored into the first slots, as many as the limit needs, and give the memory of the others back."""
+        self._pack_due = False
+        needed = self.limit + 1
+        for position in range(self._count):
+            group, token = np.nonzero(self._order[:, position] >= needed)
+            if len(group):
+                free = self._order[group, self._count :, token]
+                self._move(group, token, position, self._count + np.argmax(free < needed, axis=1))
+        self._order[:, self._count :].sort(axis=1)
+        for part in (self._features, *self._riders.values()):
+            for slots in part.values:
+                give_back(slots[needed:])
+
+    def _move(self, group: IndexArray, token: IndexArray, position: int, free: IndexArray) -> None:
+        """Move slots of some tokens, [k] each: from what is at a position in time order to what is at a free one."""
+        source, target = self._order[group, position, token], self._order[group, free, token]
+        self._order[group, position, token], self._order[group, free, token] = target, source
+        for part in (self._features, *self._riders.values()):
+            rows = part.values
+            if len(rows) == self.groups:
+                rows[group, target, token] = rows[group, source, token]
+            else:  # of a bank with one group
+                rows[:, target, token] = rows[:, source, token]
+        for by_slot, out_of_use in ((self.sizes, 0.0), (self.first_s, np.nan), (self.last_s, np.nan), (self._norms, 1.0)):
+            by_slot[group, target, token] = by_slot[group, source, token]
+            by_slot[group, source, token] = out_of_use
 
     def _enter(self, slot: IndexArray, norms: npt.NDArray[np.float64], time_s: float) -> None:
         """Book the rows just written to slot [G, n] as the newest frame."""

@@ -48,12 +48,23 @@ SnapshotKVOption = Annotated[
         "--snapshot-kv/--no-snapshot-kv", help="Save keys and values, too: larger, and restored bit for bit, not by rounding."
     ),
 ]
+CameraOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=URI", help="A camera with a name, in place of SOURCE; may be given several times."),
+]
 PreviewOption = Annotated[
     str | None,
     typer.Option(metavar="[HOST:]PORT", help="Show the pictures in a browser; on this machine alone, unless a host is named."),
 ]
 RecordOption = Annotated[Path | None, typer.Option(help="Record the camera's video to this folder, as it comes.")]
 RecordBytesOption = Annotated[str, typer.Option(help="Room for the recording, such as 2GB or 500M; the oldest goes first.")]
+GovernorOption = Annotated[
+    str,
+    typer.Option(
+        help="What to leave out when the machine is too hot, full, late or busy: on, off, or steps such as "
+        "'rate=1/2,memory=10,context=1024'; knobs are rate, memory, context, answer and threads."
+    ),
+]
 FeatureLogOption = Annotated[Path | None, typer.Option(help="Log features of the far past to this folder.")]
 LogEveryOption = Annotated[float, typer.Option(help="Seconds from one logged frame to the next.")]
 LogBytesOption = Annotated[str, typer.Option(help="Room for the log, such as 2G or 500M; the oldest goes first.")]

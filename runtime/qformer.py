@@ -92,6 +92,7 @@ class QFormer:
         self._positions = position_policy(bundle.manifest)
         self._table = position_table(bundle)
         self._visual: dict[str, Tensor] = {}
+        self.limit = dims.memory_length
 
     @property
     def bank_on(self) -> Literal["host", "device"]:
@@ -125,6 +126,19 @@ class QFormer:
         self.bank.append(banked, time_s=time_s, riders=riders)
         self._visual = {}
 
+    def limit_to(self, length: int) -> None:
+        """Store fewer slots than `memory_length`, or so many again: the visual bank, and those of questions to come.
+
+        See `MemoryBank.limit_to`.
+
+        Raises:
+            UsageError: not 1 to `memory_length`; the bank is on a device, whose tensors have one size.
+        """
+        if not isinstance(self.bank, MemoryBank):
+            raise UsageError("a memory bank on a device has one size.", fix="Leave its length as it is.")
+        self.bank.limit_to(length)
+        self.limit = length
+
     def bank_state(self, *, kv: bool) -> dict[str, NDArray[Any]]:
         """The visual bank's state; without keys and values `restore_bank` computes them again."""
         return self.bank.state(riders=kv)
@@ -146,7 +160,18 @@ class QFormer:
     def with_empty_bank(self) -> QFormer:
         """The same graphs over another visual bank, on the host, for a replay over other frames. Close the first one alone."""
         other = copy.copy(self)
-        other.bank, other._visual = visual_bank(self.dims, policy=self.policy), {}
+        other.bank, other._visual, other.limit = visual_bank(self.dims, policy=self.policy), {}, self.dims.memory_length
+        return other
+
+    def beside(self) -> QFormer:
+        """The same graphs over another visual bank of the same kind, for another stream. Close the first one alone.
+
+        Raises:
+            EngineError: the bank of this one is on a device, which has no room for another.
+        """
+        other = copy.copy(self)
+        other.bank, other._visual = visual_bank(self.dims, self._engines.more_memory(), policy=self.policy), {}
+        other.limit = self.dims.memory_length
         return other
 
     def prompt(self, text: str) -> Prompt:
@@ -249,6 +274,7 @@ class StandingQuestion:
             policy=qformer.policy,
             current_outside=True,
         )
+        self.bank.limit_to(qformer.limit)
         self._newest: dict[str, Float32] | None = None
         self._visual: dict[str, Tensor] = {}
 

@@ -28,6 +28,7 @@ class Ranking(Sequence[RankedOption]):
         time_s: stream time of the newest frame that it is about.
         frames_seen: frames in the memory's history.
         trace: what it cost. Prefill and scoring are one figure, `prefill_ms`; no token is written.
+        degraded: as of an `Answer`.
     """
 
     options: tuple[RankedOption, ...]
@@ -37,6 +38,7 @@ class Ranking(Sequence[RankedOption]):
     time_s: float
     frames_seen: int
     trace: LatencyTrace
+    degraded: tuple[str, ...] = ()
 
     @overload
     def __getitem__(self, index: int) -> RankedOption: ...
@@ -64,10 +66,11 @@ class Ranking(Sequence[RankedOption]):
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
+        degraded = {"level": len(self.degraded), "degraded": list(self.degraded)} if self.degraded else {}
         return {
             "question": self.question, "options": [item._asdict() for item in self.options], "score": self.score,
             "log_normaliser": self.log_normaliser, "mode": self.mode, "time_s": self.time_s,
-            "frames_seen": self.frames_seen, "trace": self.trace.as_dict(),
+            "frames_seen": self.frames_seen, "trace": self.trace.as_dict(), **degraded,
         }  # fmt: skip
 
     def __str__(self) -> str:

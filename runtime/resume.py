@@ -7,7 +7,7 @@ their captures, and from there on the source's own time is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +24,23 @@ def after(newest: Frame, frames: Iterable[Frame]) -> Iterator[Frame]:
         newest: the newest frame remembered, its `captured_at` on the clock of this process.
         frames: of the source, on their own time.
     """
-    offset_s: float | None = None
-    for frame in frames:
-        if offset_s is None:
+    return map(_Behind(newest), frames)
+
+
+class _Behind:
+    """Dates frames one by one; see `after`."""
+
+    def __init__(self, newest: Frame) -> None:
+        self._newest = newest
+        self._offset_s: float | None = None
+
+    def __call__(self, frame: Frame) -> Frame:
+        newest = self._newest
+        if self._offset_s is None:
             gap_s = max(frame.captured_at - newest.captured_at, 0.0)
-            offset_s = newest.time_s + gap_s - frame.time_s
+            self._offset_s = newest.time_s + gap_s - frame.time_s
         # Adding may round below the newest frame's time where there is no gap at all.
-        yield replace(frame, time_s=max(offset_s + frame.time_s, newest.time_s))
+        return replace(frame, time_s=max(self._offset_s + frame.time_s, newest.time_s))
 
 
 def beyond(time_s: float, frames: Iterable[Frame]) -> Iterator[Frame]:
@@ -77,3 +87,9 @@ class Resume:
         if elsewhere or restored_s is None:
             return after(max(known, key=lambda frame: frame.time_s), source)
         return beyond(restored_s, source)
+
+    def dating(self, camera: SourceURI, newest: Frame | None) -> Callable[[Frame], Frame]:
+        """As `frames`, for those of a camera that are handed over one by one."""
+        self.source, self._position_s = source_name(camera), None
+        known = [frame for frame in (newest, self.follows) if frame is not None]
+        return _Behind(max(known, key=lambda frame: frame.time_s)) if known else lambda frame: frame

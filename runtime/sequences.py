@@ -50,6 +50,7 @@ class Sequences:
         self._free = list(range(1, llama.n_sequences))
         self._kept: list[Block] = []
         self._kept_logits: Float32 | None = None
+        self.newest: Prefill | None = None
 
     def close(self) -> None:
         """Frees the model, once no call is inside it."""
@@ -92,7 +93,8 @@ class Sequences:
                 self._kept_logits = logits[0] if len(logits) else None
             assert self._kept_logits is not None
             rows = [len(block.rows) for block in blocks]
-            return self._kept_logits, Prefill(sum(rows), sum(rows[:shared]), perf_counter() - started)
+            self.newest = Prefill(sum(rows), sum(rows[:shared]), perf_counter() - started)
+            return self._kept_logits, self.newest
 
     def logits_everywhere(self, blocks: list[Block]) -> Float32:
         """Decodes a prompt anew and returns the logits after each of its rows, float32 `[rows, n_vocab]`."""
@@ -107,6 +109,20 @@ class Sequences:
         with self.lock:
             self.check_open()
             self._keep(0)
+
+    def resize(self, n_ctx: int) -> bool:
+        """Opens a context of another size and drops the kept prompt; False, and nothing done, while an answer is open.
+
+        Raises:
+            LLMError: as `Llama.resize`.
+        """
+        with self.lock:
+            self.check_open()
+            if len(self._free) < self._llama.n_sequences - 1:
+                return False
+            self._keep(0)
+            self._llama.resize(n_ctx)
+            return True
 
     @contextmanager
     def branches(self, count: int) -> Iterator[list[int]]:

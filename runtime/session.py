@@ -30,6 +30,7 @@ from keepsight.runtime.gate import FrameGate
 from keepsight.runtime.keyframes import KeyFrames
 from keepsight.runtime.llm import LLM, Score, Segment, render, verbatim
 from keepsight.runtime.llm import Answer as Written
+from keepsight.runtime.logged import logging_to, newest_of, remember_again
 from keepsight.runtime.memory import Policy
 from keepsight.runtime.moments import Calendar
 from keepsight.runtime.qformer import Prompt, QFormer, SoftPrompt, StandingQuestion
@@ -41,6 +42,8 @@ from keepsight.runtime.watcher import Watcher
 from keepsight.streams import Frame, LiveSource, Source
 from keepsight.streams.branches import Branch
 from keepsight.streams.errors import BundleError, EngineError, KeepsightError, UsageError
+from keepsight.streams.sampling import Sampler
+from keepsight.streams.uri import SourceURI
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,7 @@ class Session:
         key_frames: KeyFrames | None = None,
         gate: FrameGate | None = None,
     ) -> None:
-        self.bundle, self.gate = bundle, gate
-        self.clock = Clock()
-        self.key_frames = KeyFrames() if key_frames is None else key_frames
+        self.bundle = bundle
         self._close = ExitStack()
         self._concat = memory == "concat"
         self._qformer = QFormer(bundle, memory="last" if memory == "concat" else memory, threads=threads or 1, engines=engines)
@@ -108,6 +109,12 @@ class Session:
                 fix="Use the language model that the manifest names.",
             )
         self._memory_lock = threading.Lock()
+        self._encoder_lock = threading.RLock()  # features on a device last until the next frame is encoded
+        self._begin(Clock(), KeyFrames() if key_frames is None else key_frames, gate)
+
+    def _begin(self, clock: Clock, key_frames: KeyFrames, gate: FrameGate | None) -> None:
+        """What a stream has of its own, beside the visual bank: nothing yet."""
+        self.clock, self.key_frames, self.gate = clock, key_frames, gate
         self._standing: list[Standing] = []
         self._newest: Frame | None = None
         self._cost = FrameCost(0.0, 0.0, 0.0)
@@ -116,7 +123,43 @@ class Session:
         self._parts: dict[str, Part] = {"clock": self.clock, "key frames": self.key_frames}
         self._unclaimed: dict[str, Mapping[str, Array]] = {}  # of a snapshot, until their owner comes
         self._resume = Resume()
-        self._frame_s = 1 / bundle.manifest.sample_fps  # from one frame of the memory to the next
+        self._frame_s = 1 / self.bundle.manifest.sample_fps  # from one frame of the memory to the next
+        self._every_s: float | None = None
+        self._thinned: Sampler | None = None
+        self.answer_tokens: int | None = None  # fewer than the bundle's, if given
+        self.degraded: tuple[str, ...] = ()  # what is left out at present, and why; answers say so
+
+    def _sharing(self, qformer: QFormer, clock: Clock, key_frames: KeyFrames, gate: FrameGate | None) -> Session:
+        """Another stream's session with this one's graphs (those of `qformer`), language model and locks."""
+        other = copy.copy(self)
+        other._qformer, other._close = qformer, ExitStack()
+        other._begin(clock, key_frames, gate)
+        other.answer_tokens, other.degraded = self.answer_tokens, self.degraded
+        return other
+
+    def beside(self, *, key_frames: KeyFrames | None = None, gate: FrameGate | None = None) -> Session:
+        """A session for another stream. Graphs, language model and lock are this one's; nothing that is remembered is.
+
+        Its visual bank is where this one's is: on a device it takes as much room there again. It is closed with this one, or
+        before. Frames of both may come from two threads, and are encoded one after another; questions come from one.
+        `cameras.CameraWatcher` feeds several from one thread:
+
+        >>> with Session(Bundle.open("tiny")) as door:                                    # doctest: +SKIP
+        ...     yard = door.beside()
+        ...     sessions, uris = {"door": door, "yard": yard}, {"door": "rtsp://10.0.0.5/door", "yard": "/dev/video1"}
+        ...     with CameraWatcher(sessions, uris) as watcher:
+        ...         watcher.wait()
+        ...         print(yard.ask("what color is the shape?").result.text)
+
+        Args:
+            key_frames, gate: as of `Session`.
+
+        Raises:
+            EngineError: the visual bank is on a device, which has no room for another; or this bundle can have none there.
+        """
+        other = self._sharing(self._qformer.beside(), Clock(), KeyFrames() if key_frames is None else key_frames, gate)
+        self._close.callback(other.close)
+        return other
 
     def source(
         self, uri: str, *, realtime: bool = False, fps: float | None = None, branches: Sequence[Branch] = ()
@@ -129,7 +172,7 @@ class Session:
     def see(self, frame: Frame, *, wall_s: float | None = None) -> FrameCost:
         """Encode one frame, put it into the memory, and let every standing question read it.
 
-        A frame that the gate refuses changes nothing, and has cost nothing.
+        A frame that the gate refuses, or that `thin` leaves out, changes nothing, and has cost nothing.
 
         Args:
             frame: later than all before.
@@ -146,9 +189,28 @@ class Session:
             )
         if self.gate is not None and not self.gate.admits(frame.image):
             return FrameCost(0.0, 0.0, 0.0)
-        start = perf_counter()
-        features = self._qformer.encode(frame.image[None])[0]
-        seen = perf_counter()
+        if self._thinned is not None and not self._thinned.take(frame.time_s):
+            return FrameCost(0.0, 0.0, 0.0)
+        with self._encoder_lock:
+            start = perf_counter()
+            features = self._qformer.encode(frame.image[None])[0]
+            seen = perf_counter()
+            return self.remember(frame, features, wall_s=wall_s, vision_ms=1000 * (seen - start))
+
+    def remember(
+        self, frame: Frame, features: Tensor, *, wall_s: float | None = None, vision_ms: float = 0.0
+    ) -> FrameCost:
+        """The part of `see` behind the encoder, for a frame that has been encoded (`QFormer.encode`): no gate is asked.
+
+        Args:
+            frame: later than all before.
+            features: float32 `[N, C]`, of this frame.
+            wall_s: as of `see`.
+            vision_ms: what encoding has taken.
+
+        Raises:
+            EngineError: features of another shape, or not finite.
+        """
         with self._memory_lock:
             locked = perf_counter()
             self._qformer.remember(features, frame.time_s)
@@ -161,10 +223,28 @@ class Session:
             if self.key_frames.wants(frame.time_s):
                 self.key_frames.take(frame.image, np.asarray(features), frame.time_s)
             self._newest = frame
-            cost = self._cost = FrameCost(*(1000 * t for t in (seen - start, remembered - locked, stepped - remembered)))
+            cost = self._cost = FrameCost(vision_ms, *(1000 * t for t in (remembered - locked, stepped - remembered)))
         for observer in self._observers:
             observer(features, frame)
         return cost
+
+    def thin(self, every_s: float | None) -> None:
+        """Remember one frame every so many seconds from here on, of those that are seen; None: all of them again."""
+        if every_s != self._every_s:
+            self._every_s, self._thinned = every_s, None if every_s is None else Sampler(1 / every_s)
+            # What is remembered lies so far apart, and stays so: times are told no closer than that until all is forgotten.
+            self._frame_s = max(self._frame_s, every_s or 0.0)
+
+    def remember_at_most(self, length: int) -> None:
+        """Let the memory and that of every standing question store fewer slots, or so many again (`MemoryBank.limit_to`).
+
+        Raises:
+            UsageError: not 1 to the bundle's memory length; the memory is on a device.
+        """
+        with self._memory_lock:
+            self._qformer.limit_to(length)
+            for standing in self._standing:
+                standing.carried.bank.limit_to(length)
 
     def observe(self, observer: Callable[[Tensor, Frame], None]) -> None:
         """Call this with the features `[N, C]` of every frame that was remembered, on the thread that sees it.
@@ -221,6 +301,7 @@ class Session:
             self._standing.clear()
             self._unclaimed.clear()
             self._newest, self._resume = None, Resume()
+            self._frame_s = max(1 / self.bundle.manifest.sample_fps, self._every_s or 0.0)
             self.clock.reset()
             self.key_frames.reset()
 
@@ -244,7 +325,7 @@ class Session:
             BundleError: the bundle has no language model.
         """
         asked = perf_counter()
-        llm = self.llm
+        llm, degraded = self.llm, self.degraded
         with self._memory_lock:
             began = perf_counter()
             if interval is not None and self.frames_seen:
@@ -266,7 +347,7 @@ class Session:
         decoding = self.bundle.manifest.decoding
         generation = llm.generate(
             self._segments(text, prompt, soft.rows),
-            max_tokens=decoding.max_tokens,
+            max_tokens=min(decoding.max_tokens, self.answer_tokens or decoding.max_tokens),
             stop=decoding.stop,
             beams=decoding.beams,
             repetition_penalty=decoding.repetition_penalty,
@@ -287,8 +368,9 @@ class Session:
                 tokens_per_s=written.tokens_per_s,
             )
             return Answer(
-                written.text.strip(), text, mode, frame.time_s, frames_seen, written.finish, trace, interval, (), shown, calendar
-            )
+                written.text.strip(), text, mode, frame.time_s, frames_seen, written.finish, trace, interval, (), shown, calendar,
+                degraded,
+            )  # fmt: skip
 
         return AnswerStream(generation, finish)
 
@@ -307,7 +389,7 @@ class Session:
             BundleError: the bundle has no language model.
         """
         asked = perf_counter()
-        options, llm = checked_options(options), self.llm
+        options, llm, degraded = checked_options(options), self.llm, self.degraded
         with self._memory_lock:
             began = perf_counter()
             soft, text, mode, prompt = self._perceive(question, prompt)
@@ -329,12 +411,27 @@ class Session:
             tokens=0,
             tokens_per_s=0.0,
         )
-        return Ranking(tuple(ranked), score, text, mode, frame.time_s, frames_seen, trace)
+        return Ranking(tuple(ranked), score, text, mode, frame.time_s, frames_seen, trace, degraded)
 
     def perceive(self, question: str | Standing, *, prompt: str | None = None) -> SoftPrompt:
         """The Q-Former's part of an answer alone, without the language model."""
         with self._memory_lock:
             return self._perceive(question, prompt)[0]
+
+    @property
+    def has_llm(self) -> bool:
+        """Whether there is a language model to ask."""
+        return self._llm is not None
+
+    @property
+    def watcher(self) -> Watcher | None:
+        """What watches a source for this session; None before `watch`."""
+        return self._watcher
+
+    @property
+    def cost(self) -> FrameCost:
+        """What the newest frame took."""
+        return self._cost
 
     @property
     def llm(self) -> LLM:
@@ -516,6 +613,10 @@ class Session:
         """
         return self._resume.frames(source, self._newest)
 
+    def dating(self, camera: SourceURI) -> Callable[[Frame], Frame]:
+        """As `continued`, for a camera whose frames are handed over one by one: what puts each into this memory's time."""
+        return self._resume.dating(camera, self._newest)
+
     def log_features(self, log: FeatureLog, *, on_error: Callable[[KeepsightError], None] | None = None) -> None:
         """Log features of every frame that is due from here on; cameras are dated behind what the log has.
 
@@ -524,20 +625,8 @@ class Session:
             on_error: called where a record can't be written; by default the error stops what feeds the session.
         """
         if log.newest is not None:
-            self._resume.follows = SavedFrame(
-                np.zeros((0, 0, 3), np.uint8), log.newest.time_s, log.newest.wall_s, log.newest.index
-            ).as_frame()
-
-        def offer(features: Tensor, frame: Frame) -> None:
-            wall_s = time.time() - (time.monotonic() - frame.captured_at)
-            try:
-                log.offer(features, time_s=frame.time_s, index=frame.index, wall_s=wall_s)
-            except KeepsightError as error:
-                if on_error is None:
-                    raise
-                on_error(error)
-
-        self.observe(offer)
+            self._resume.follows = newest_of(log)
+        self.observe(logging_to(log, on_error))
 
     def recall(self, log: FeatureLog | FeatureHistory, since_s: float, until_s: float) -> Session:
         """A session over an exact memory of an interval: as if its stream had begun there, one frame for each record.
@@ -549,25 +638,11 @@ class Session:
             UsageError: the log has nothing from then.
             SnapshotError: a record of the interval is damaged.
         """
-        recalled = copy.copy(self)
-        recalled._qformer = self._qformer.with_empty_bank()
-        recalled._close, recalled._watcher, recalled._resume = ExitStack(), None, Resume()
-        recalled._standing, recalled._observers, recalled._parts, recalled._unclaimed = [], [], {}, {}
-        recalled._newest, recalled._cost = None, FrameCost(0.0, 0.0, 0.0)
+        clock = log.clock if isinstance(log, FeatureHistory) else self.clock
+        recalled = self._sharing(self._qformer.with_empty_bank(), clock, self.key_frames, self.gate)
+        recalled._parts = {}  # they are another's
         recalled._frame_s = max(self._frame_s, log.every_s)
-        if isinstance(log, FeatureHistory):
-            recalled.clock = log.clock
-        for record in log.read(since_s, until_s):
-            with self._memory_lock:
-                recalled._qformer.remember(record.features.astype(np.float32), record.time_s)
-            no_image = np.zeros((0, 0, 3), np.uint8)
-            recalled._newest = SavedFrame(no_image, record.time_s, record.wall_s, record.index).as_frame()
-        if recalled._newest is None:
-            covered = log.covers_s
-            has = "is empty" if covered is None else f"covers {covered[0]:.1f} s to {covered[1]:.1f} s"
-            raise UsageError(
-                f"the feature log has nothing from {since_s:g} s to {until_s:g} s: it {has}.", fix="Ask about another time."
-            )
+        recalled._newest = remember_again(recalled._qformer, self._memory_lock, log, since_s, until_s)
         return recalled
 
     # -- live ------------------------------------------------------------------------------------------------------
@@ -580,7 +655,7 @@ class Session:
                 fix="Use a memory that does not grow, such as mbc.",
             )
         if self._watcher is not None and self._watcher.running:
-            raise UsageError("This session is already watching a source.", fix="Open a second session.")
+            raise UsageError("This session is already watching a source.", fix="Make a second one with Session.beside.")
         self._watcher = self._close.enter_context(Watcher(self, source, on_frame))
         return self._watcher
 

@@ -72,6 +72,7 @@ class Change:
         time_s: stream time of the newest frame that the answer is about.
         frames_seen: frames in the memory's history.
         trace: what the answer cost.
+        degraded: as of an `Answer`.
     """
 
     question: int
@@ -82,10 +83,13 @@ class Change:
     time_s: float
     frames_seen: int
     trace: LatencyTrace
+    degraded: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return {"event": "change", **asdict(self), "trace": self.trace.as_dict()}
+        plain = {"event": "change", **asdict(self), "trace": self.trace.as_dict()}
+        degraded = plain.pop("degraded")
+        return {**plain, "level": len(degraded), "degraded": list(degraded)} if degraded else plain
 
     def __str__(self) -> str:
         sure = "" if self.probability is None else f" ({self.probability:.0%})"
@@ -220,7 +224,7 @@ class StandingQuestions:
             return None
         self._changes += 1
         change = Change(
-            index + 1, question.text, answer, previous, probability, told.time_s, told.frames_seen, told.trace
+            index + 1, question.text, answer, previous, probability, told.time_s, told.frames_seen, told.trace, told.degraded
         )
         self._tell(change)
         return change

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 _ALIGNMENT = 256  # of every address that TensorRT is given (IExecutionContext.set_tensor_address)
 
-_TURNS = 2  # places that an input comes from in turn, each with a CUDA graph
+_TURNS = 2  # places that an input comes from in turn, each with a CUDA graph: a bank's two halves
 
 _NUMPY_OF_TENSORRT = {
     "FLOAT": np.float32,
@@ -114,6 +115,9 @@ class TensorRTEngine:
     Shapes are those of the engine's profiles, one per text bucket. Each has a context of its own, bound once to buffers that
     are made once, for the largest; a run allocates nothing. From a bucket's second run on, its kernels are launched as one CUDA
     graph, until an input comes from elsewhere. Two places that take turns (a bank's two halves) have a graph each.
+
+    Attributes:
+        clock: is entered before a run's kernels are enqueued and left behind them; a profile's, if there is one.
     """
 
     def __init__(
@@ -138,8 +142,9 @@ class TensorRTEngine:
             EngineError: too little memory, or a tensor of a type that Keepsight does not handle.
         """
         self.path, self._plan, self._stream, self._graphs = plan.path, plan, stream, cuda_graphs
+        self.clock: AbstractContextManager[Any] = nullcontext()
         self._log: TensorRTLog = log_of(plan.trt)
-        self._closed = False
+        self._closed, self._turns = False, _TURNS
         self._own_scratch: int | None = None
         self._buffers: dict[str, DeviceBuffer] = dict(buffers or {})
         self._lent = frozenset(self._buffers)
@@ -162,6 +167,16 @@ class TensorRTEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def plan(self) -> Plan:
+        """What it was made of."""
+        return self._plan
+
+    @property
+    def stream(self) -> DeviceStream:
+        """What it runs on."""
+        return self._stream
 
     @property
     def buffers(self) -> Mapping[str, DeviceBuffer]:
@@ -202,6 +217,23 @@ class TensorRTEngine:
             self._stream.synchronize()
         return self._tensor(buffer, array.shape, self.inputs[name])
 
+    def read_in_turns(self, *, by: int) -> None:
+        """Keep so many CUDA graphs more: its inputs come from as many more places in turn, those of another bank."""
+        self._turns += by
+
+    @contextmanager
+    def profiled(self, profiler: Any) -> Iterator[None]:
+        """Let every run report its layers to a profiler (`trt.IProfiler`) meanwhile. TensorRT waits for the device to do that,
+        which no CUDA graph can hold, so that there are none.
+        """
+        graphs, self._graphs = self._graphs, False
+        self._report_to(profiler)
+        try:
+            yield
+        finally:
+            self._report_to(None)
+            self._graphs = graphs
+
     def close(self) -> None:
         """See :meth:`Engine.close`."""
         if self._closed:
@@ -230,7 +262,8 @@ class TensorRTEngine:
         self._bind(bucket, {name: address for name, (address, _) in staged.items()} | outputs)
         for name in self.outputs:
             self._buffers[name].writes += 1
-        self._launch(bucket)
+        with self.clock:
+            self._launch(bucket)
         return bucket, [array for _, array in staged.values() if array is not None]
 
     def _bring(self, name: str, value: Tensor) -> tuple[int, Array | None]:
@@ -264,7 +297,7 @@ class TensorRTEngine:
         if has_run and self._graphs and graph is None:
             graph = self._capture(bucket)
         bucket.graphs[place] = graph
-        bucket.forget_graphs(but=_TURNS)
+        bucket.forget_graphs(but=self._turns)
         if graph is not None:
             graph.launch()
         else:
@@ -277,6 +310,13 @@ class TensorRTEngine:
             raise EngineError(
                 f"{self.path.name} can't be captured as a CUDA graph: {error}", fix="Run it with --no-cuda-graphs."
             ) from error
+
+    def _report_to(self, profiler: Any) -> None:
+        with self._stream:
+            for bucket in self._buckets:
+                bucket.forget_graphs()
+                context = bucket.context
+                context.profiler = profiler
 
     def _execute(self, bucket: _Bucket) -> None:
         self._log.clear()

@@ -38,44 +38,53 @@ def watch_until(session: Session, source: Source, until_s: float | None) -> None
         raise UsageError(f"{source!r} has no frame to ask about.")
 
 
-def converse(session: Session, uri: str, *, log: Path | None = None, branches: Sequence[Branch] = ()) -> None:
+def converse(
+    session: Session,
+    uri: str,
+    *,
+    log: Path | None = None,
+    branches: Sequence[Branch] = (),
+    status: Callable[[], Sequence[str]] | None = None,
+) -> None:
     """Watch `uri` and answer the lines of standard input, until its end or Ctrl-C. A lost camera is tried again.
 
     Args:
         log: folder of the feature log that is being written, which `/recall` asks.
         branches: what hangs on the stream beside the frames.
+        status: the lines that `/status` shows; None where there is no governor.
     """
-    interactive = sys.stdin.isatty()
     camera = Camera(session, uri, branches=branches)
     camera.wait()
-    words = "/at, /between" if log is None else "/at, /between, /recall"
+    words = "/at, /between, /status" if log is None else "/at, /between, /recall, /status"
     typer.echo(f"Watching {camera.source.uri}. Type a question, or /since 2h QUESTION, {words}; Ctrl-D leaves.", err=True)
     try:
         while True:
-            line = _read_line("> " if camera.state == "live" else f"({camera.state}) > ") if interactive else _next_line()
+            line = typed_line("> " if camera.state == "live" else f"({camera.state}) > ")
             camera.check()
             if line is None:
                 break
-            if line.strip():
-                _reply(session, line.strip(), log)
+            if line.strip() == "/status":
+                typer.echo("\n".join(["no governor: start without --governor off"] if status is None else status()), err=True)
+            elif line.strip():
+                reply(session, line.strip(), log)
     except KeyboardInterrupt:
         typer.echo(err=True)
     finally:
         camera.close()
 
 
-def _read_line(prompt: str) -> str | None:
+def typed_line(prompt: str) -> str | None:
+    """The next line of standard input, None at its end. The prompt is for a terminal."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline() or None
     try:
         return input(prompt)
     except EOFError:
         return None
 
 
-def _next_line() -> str | None:
-    return sys.stdin.readline() or None
-
-
-def _reply(session: Session, question: str, log: Path | None) -> None:
+def reply(session: Session, question: str, log: Path | None) -> None:
+    """Answer a typed line on standard output, or say on standard error why not; `log` as of `converse`."""
     try:
         typed, question = read_line(question)
         answers = _asked(session, question, typed, log)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from keepsight.streams.bicubic import scaled
@@ -19,6 +20,7 @@ from keepsight.streams.losses import DecoderWatch, Ledger
 from keepsight.streams.pipelines import DECODER, FRAMES, TAP, Branch, Delivery, build, recipe_for
 from keepsight.streams.ring import FrameRing
 from keepsight.streams.sampling import TimeSampler
+from keepsight.streams.timing import PipelineTiming
 from keepsight.streams.uri import SourceURI
 from keepsight.streams.view import View
 
@@ -96,6 +98,7 @@ class Capture:
         sampler: which frames to keep; asked before a frame is scaled, so that the others cost only their decoding.
             Not for a newest-wins delivery, where the reader decides.
         branches: what hangs on the stream beside the frames.
+        timing: times every picture; None = nobody asks, and no probe is there for it.
 
     Raises:
         KeepsightError: the source can't be opened; which one, see `faults`.
@@ -109,9 +112,11 @@ class Capture:
         timeouts: Timeouts,
         sampler: TimeSampler | None = None,
         branches: Sequence[Branch] = (),
+        timing: PipelineTiming | None = None,
     ) -> None:
         self._gst = load_gst()
         self._uri, self._view, self._delivery, self._timeouts = uri, view, delivery, timeouts
+        self._timing = timing
         self._live = delivery == "newest"
         self._closed = threading.Event()
         self._fault: KeepsightError | None = None
@@ -127,6 +132,8 @@ class Capture:
         self._bus = self._pipeline.get_bus()
         self._decoders = DecoderWatch(self._pipeline)
         self._tap = Tap(self._gst, self._pipeline.get_by_name(TAP).get_static_pad("sink"), sampler)
+        if timing is not None:
+            timing.attach(self._pipeline)
         self._started = time.monotonic()
         if self._pipeline.set_state(self._gst.State.PLAYING) == self._gst.StateChangeReturn.FAILURE:
             self._listen()
@@ -159,7 +166,7 @@ class Capture:
     def pull(self, timeout_s: float) -> Picture | None:
         """The next picture if there is one within so many seconds. It never waits longer, and raises nothing of the source's."""
         sample = self._sink.try_pull_sample(int(timeout_s * self._gst.SECOND))
-        return None if sample is None else self._picture(sample)
+        return None if sample is None else self._picture(sample, perf_counter())
 
     def check(self) -> None:
         """Raise what has ended a live source, as soon as it has, even if its last frames have not been read.
@@ -220,7 +227,7 @@ class Capture:
             elif self._fault is None:  # those behind it ("Internal data stream error.") are its consequences
                 self._fault = fault_of(self._uri, message, delivered=self._tap.arrived > 0, has_video=self._decodes_video())
 
-    def _picture(self, sample: Any) -> Picture | None:
+    def _picture(self, sample: Any, taken: float) -> Picture | None:
         buffer = sample.get_buffer()
         if self._pulled == 0:
             self.duration_s()  # asked while it can be: a closed pipeline has forgotten it
@@ -237,8 +244,12 @@ class Capture:
         time_s = running_s
         if time_s is None:  # a picture file, or a raw stream without times
             time_s = captured_at - self._started if self._live else 0.0
-        image = scaled(sample_to_array(sample, self.ring), self._view, pixel_aspect(sample))
+        stored = sample_to_array(sample, self.ring)
+        copied = perf_counter()
+        image = scaled(stored, self._view, pixel_aspect(sample))
         pts_ns = None if buffer.pts == self._gst.CLOCK_TIME_NONE else int(buffer.pts)
+        if self._timing is not None:
+            self._timing.taken(pts_ns, taken, copied, perf_counter())
         return Picture(image, time_s, captured_at, pts_ns, running_s, replaced)
 
     def _replaced_by(self, pts: int) -> int:

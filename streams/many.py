@@ -185,6 +185,7 @@ class Cameras(Iterator[Batch]):
         gather_s: how long to wait for more cameras once the first frame is there, for an encoder that is better at full batches.
         on_event: called with the camera's name and each `Event` of it, on another thread; it must return soon.
         options: further arguments of each `LiveSource`; unless they say otherwise, a camera that is not there is waited for.
+        own: further arguments of some cameras' `LiveSource` alone, by name, such as its branches.
         open_feed: makes what a camera is read from; by default a `LiveSource`.
 
     Raises:
@@ -207,6 +208,7 @@ class Cameras(Iterator[Batch]):
         gather_s: float = 0.0,
         on_event: Callable[[str, Event], None] | None = None,
         options: Mapping[str, Any] | None = None,
+        own: Mapping[str, Mapping[str, Any]] | None = None,
         open_feed: Callable[..., Feed] = LiveSource,
     ) -> None:
         budgets = budgets or {}
@@ -218,7 +220,7 @@ class Cameras(Iterator[Batch]):
         # One that is not there yet is no reason to fail: the others are.
         asked = {"reconnect": Reconnect(at_start="wait"), **(options or {})}
         for name, uri in uris.items():
-            feed = open_feed(uri, size=size, on_event=_named(name, on_event), **asked)
+            feed = open_feed(uri, size=size, on_event=_named(name, on_event), **{**asked, **(own or {}).get(name, {})})
             self._cameras[name] = Camera(name, feed, budgets.get(name, Budget()), self._ready)
 
     @property

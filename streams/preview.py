@@ -31,7 +31,8 @@ figure {{ display: inline-block; margin: 8px }} img {{ max-width: 100%; display:
 
 
 class Preview:
-    """An HTTP server on a thread of its own: a page at `/`, `/stream/NAME` (MJPEG) and `/picture/NAME` (one JPEG).
+    """An HTTP server on a thread of its own: pages of all cameras at `/` and of one at `/NAME`, `/stream/NAME` (MJPEG) and
+    `/picture/NAME` (one JPEG).
 
     Pictures are scaled and encoded once for all who look on, and only while somebody does. A slow client gets fewer pictures;
     nobody ever waits for it. There is no authentication and no encryption: whoever reaches the port sees the camera, which is why
@@ -234,6 +235,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._page(list(views))
         elif kind in ("stream", "picture") and name in views:
             self._look_on(views[name], once=kind == "picture")
+        elif path[1:] in views:
+            self._page([path[1:]])
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
 

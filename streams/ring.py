@@ -62,6 +62,11 @@ class FrameRing:
         self._made = 0
         self._taking = threading.Lock()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slots that are laid out."""
+        return 0 if self._shape is None else self._made * int(np.prod(self._shape, dtype=np.int64))
+
     def take(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         """An array uint8 of this shape, C-contiguous and writable. What is in it is left over from before."""
         with self._taking:

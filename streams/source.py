@@ -20,6 +20,7 @@ from keepsight.streams.pipelines import Delivery
 from keepsight.streams.presence import check_presence
 from keepsight.streams.sampling import ChangeSampler, Sampler, sampler_for
 from keepsight.streams.stills import Stills, StillSequence
+from keepsight.streams.timing import PipelineTiming
 from keepsight.streams.uri import SourceURI
 from keepsight.streams.view import Aspect, Colorimetry, Conversion, Scaler, View
 
@@ -72,6 +73,7 @@ class Source(Iterator[Frame]):
         first_frame_timeout_s: seconds to wait for the first frame.
         stall_timeout_s: seconds to wait for each frame after it.
         branches: what hangs on the stream beside the frames, such as a recorder's or a preview's; none on pictures and arrays.
+        timing: times each frame's way through the pipeline, for a profile; pictures and arrays that lie ready have none.
 
     Raises:
         UsageError: an address or an option that makes no sense.
@@ -105,6 +107,7 @@ class Source(Iterator[Frame]):
         first_frame_timeout_s: float = 10.0,
         stall_timeout_s: float = 5.0,
         branches: Sequence[Branch] = (),
+        timing: PipelineTiming | None = None,
     ) -> None:
         self._lock = threading.Lock()
         self._closed = False
@@ -114,7 +117,7 @@ class Source(Iterator[Frame]):
         self._pace = pace
         self._delivery = _delivery(self.uri, pace)
         self._timeouts = Timeouts(first_frame_timeout_s, stall_timeout_s)
-        self._fps, self._branches = fps, tuple(branches)
+        self._fps, self._branches, self._timing = fps, tuple(branches), timing
         self._policy = (fps, every, change, change_floor_s)
         self._sampler = sampler_for(*self._policy)
         self._stills = _present_stills(self.uri, self._view, self._timeouts)
@@ -154,6 +157,11 @@ class Source(Iterator[Frame]):
     def arrivals(self) -> Arrivals | None:
         """Rate and size of what has been decoded; None before it is opened, and for pictures and `.npy` frames."""
         return self._reader.arrivals if isinstance(self._reader, Capture) else None
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the slots that frames lie in while somebody holds them; 0 for pictures and `.npy` frames."""
+        return self._reader.ring.nbytes if isinstance(self._reader, Capture) else 0
 
     @property
     def duration_s(self) -> float | None:
@@ -217,7 +225,7 @@ class Source(Iterator[Frame]):
         # A newest-wins reader is sampled here, on what is newest when it is asked; sampled earlier, the frame that
         # waits could be nearly 1/fps old.
         early = None if self._delivery != "every" or isinstance(self._sampler, ChangeSampler) else self._sampler
-        return Capture(self.uri, self._view, self._delivery, self._timeouts, early, self._branches)
+        return Capture(self.uri, self._view, self._delivery, self._timeouts, early, self._branches, self._timing)
 
     def _read(self) -> Picture | None:
         """The next picture that is wanted, its time counted from the stream's start."""

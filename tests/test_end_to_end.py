@@ -35,7 +35,7 @@ def _score(session: Session, dataset: str, limit: int, mode: Mode = "replay", sc
 
 
 def test_pictures_are_answered(session: Session) -> None:
-    """A sample of what `keepsight eval tiny easy-vqa` measures; the README has the figure for 1,000."""
+    """A sample of what `keepsight eval tiny easy-vqa` measures; docs/keepsight-tiny.md has the figure for 1,000."""
     assert _score(session, "easy-vqa", 60)["accuracy"] >= PICTURES_AT_LEAST
 
 

@@ -99,7 +99,11 @@ class Phase(_Part):
 
 
 class Question(_Part):
-    """One question's timeline: when each stage began after it was put, milliseconds, and how long it took."""
+    """One question's timeline: when each stage began after it was put, milliseconds, and how long it took.
+
+    Attributes:
+        tokens: that were drawn, the end token among them: one more than there are samples of `token`.
+    """
 
     text: str
     answer: str

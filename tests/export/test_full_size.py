@@ -1,4 +1,4 @@
-"""Figures of full size in docs/full-size.json, made by scripts/full-size: the predictions agree, and so does the README."""
+"""Figures of full size in docs/full-size.json, made by scripts/full-size: the predictions agree, and so does docs/export.md."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def test_a_7b_model_was_converted_in_less_than_4_gb() -> None:
     assert FIGURES["LLaMA 7B, F16"]["peak_bytes"] < 4e9
 
 
-def test_the_readme_shows_what_fits() -> None:
+def test_the_page_on_export_shows_what_fits() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "fit-table")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed.count("\n") > 10
-    assert printed in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert printed in (ROOT / "docs" / "export.md").read_text(encoding="utf-8")

@@ -112,12 +112,12 @@ def test_the_tiny_encoder_in_8_bits(tmp_path: Path) -> None:
     assert 0.9 < float((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)) < 0.99999
 
 
-def test_the_readme_shows_what_8_bits_save_and_cost() -> None:
+def test_the_page_on_export_shows_what_8_bits_save_and_cost() -> None:
     """Its table is what `scripts/int8-table` prints of the measured figures in docs/int8.json."""
     command = [sys.executable, str(ROOT / "scripts" / "int8-table"), "--show"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed.count("\n") == 4
-    assert printed in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert printed in (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
 
 
 def test_it_builds_in_tensorrt(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ SOURCE = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 enum { OK, INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500,
        CAPTURE_UNSUPPORTED = 900, CAPTURE_INVALIDATED = 901 };
 enum { MOST = 4096 };
@@ -71,6 +72,18 @@ static int stream_create(void **made, unsigned flags) {
     *made = &stream;
     streams++;
     return OK;
+}
+static int priority = 1;
+int keepsight_priority(void) { return priority; }
+static int priority_range(int *least, int *greatest) {
+    if (!current) return INVALID_CONTEXT;
+    *least = 0; *greatest = -5;  /* lower numbers go first */
+    return OK;
+}
+static int stream_create_with_priority(void **made, unsigned flags, int wanted) {
+    if (wanted > 0 || wanted < -5) return INVALID_VALUE;
+    priority = wanted;
+    return stream_create(made, flags);
 }
 static int stream_destroy(void *which) { streams--; return which == &stream ? OK : INVALID_HANDLE; }
 static int stream_synchronize(void *which) {
@@ -137,15 +150,42 @@ static int launch(void *which, void *on) {
     return OK;
 }
 
+typedef struct { struct timespec at; int recorded; } event;
+static int events;
+int keepsight_events(void) { return events; }
+static int event_create(event **made, unsigned flags) {
+    if (!current || flags) return INVALID_CONTEXT;
+    *made = calloc(1, sizeof(event));
+    events++;
+    return OK;
+}
+static int event_destroy(event *which) { events--; free(which); return OK; }
+static int event_record(event *which, void *on) {
+    if (on != &stream || !current) return INVALID_HANDLE;
+    if (forbidden()) return CAPTURE_UNSUPPORTED;  /* it would be recorded by the graph, at another time */
+    clock_gettime(CLOCK_MONOTONIC, &which->at);
+    which->recorded = 1;
+    return OK;
+}
+static int event_synchronize(event *which) { return current && which->recorded ? OK : INVALID_HANDLE; }
+static int event_elapsed(float *ms, event *from, event *to) {
+    if (!from->recorded || !to->recorded) return INVALID_HANDLE;
+    *ms = (to->at.tv_sec - from->at.tv_sec) * 1e3 + (to->at.tv_nsec - from->at.tv_nsec) / 1e6;
+    return OK;
+}
+
 static struct { const char *name; void *function; } functions[] = {
     {"cuInit", init}, {"cuDeviceGet", device_get}, {"cuDeviceGetName", device_name},
     {"cuDeviceGetAttribute", device_attribute}, {"cuDevicePrimaryCtxRetain", retain},
     {"cuDevicePrimaryCtxRelease", release}, {"cuCtxSetCurrent", set_current}, {"cuStreamCreate", stream_create},
+    {"cuStreamCreateWithPriority", stream_create_with_priority}, {"cuCtxGetStreamPriorityRange", priority_range},
     {"cuStreamDestroy", stream_destroy}, {"cuStreamSynchronize", stream_synchronize}, {"cuMemAlloc", allocate},
     {"cuMemFree", release_memory}, {"cuMemcpyHtoDAsync", to_device}, {"cuMemcpyDtoHAsync", to_host},
     {"cuMemcpyDtoDAsync", on_device}, {"cuStreamBeginCapture", begin_capture}, {"cuStreamEndCapture", end_capture},
     {"cuGraphInstantiateWithFlags", instantiate}, {"cuGraphInstantiate", instantiate},
     {"cuGraphDestroy", destroy_graph}, {"cuGraphExecDestroy", destroy_executable}, {"cuGraphLaunch", launch},
+    {"cuEventCreate", event_create}, {"cuEventDestroy", event_destroy}, {"cuEventRecord", event_record},
+    {"cuEventSynchronize", event_synchronize}, {"cuEventElapsedTime", event_elapsed},
 };
 int cuGetProcAddress_v2(const char *name, void **found, int version, uint64_t flags, int *status) {
     *found = 0;

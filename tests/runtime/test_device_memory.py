@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from keepsight.runtime.cuda import CudaStream
 from keepsight.runtime.inspect import describe, print_report
 from keepsight.runtime.memory import Policy
 from keepsight.runtime.qformer import QFormer
+from keepsight.runtime.session import Session
 from keepsight.runtime.tensorrt_build import build_engines, this_target
+from keepsight.streams import Frame
 from keepsight.streams.errors import EngineError
 
 from ..random_bundle import make_bundle, random_frames
@@ -220,3 +224,65 @@ def test_it_is_said_where_the_visual_memory_is(
     for bundle, said in ((built, "on the GPU with TensorRT"), (without_memory(built), "no graph `memory`")):
         print_report(describe(bundle))
         assert said in capsys.readouterr().out
+
+
+def alone(bundle: Bundle, frames: np.ndarray) -> list[np.ndarray]:
+    """What a memory says that has the engines for itself: of a standing question and by replay, after each frame."""
+    with open_engines(bundle, "tensorrt") as engines:
+        qformer = QFormer(bundle, engines=engines)
+        return [rows for step in said_by(qformer, frames) for rows in step()]
+
+
+def said_by(qformer: QFormer, frames: np.ndarray) -> list[Callable[[], list[np.ndarray]]]:
+    standing = qformer.stand(qformer.prompt(QUESTION))
+
+    def step(index: int) -> list[np.ndarray]:
+        qformer.remember(qformer.encode(frames[index][None])[0], float(index))
+        standing.step(float(index))
+        return [standing.answer().rows, qformer.replay(standing.prompt).rows]
+
+    return [partial(step, index) for index in range(len(frames))]
+
+
+def test_two_memories_on_the_device_say_together_what_each_says_alone(built: Bundle, trt: Any) -> None:
+    """In turns, so that all that one has left in a buffer is overwritten by the other; and nothing is captured in the end."""
+    streams = [random_frames(14, seed=seed) for seed in (0, 1)]
+    with open_engines(built, "tensorrt") as engines:
+        first = QFormer(built, engines=engines)
+        second = first.beside()
+        assert second.bank_on == "device"
+        said: list[list[np.ndarray]] = [[], []]
+        for turn in zip(said_by(first, streams[0]), said_by(second, streams[1]), strict=True):
+            before = trt.record.executed
+            for rows, step in zip(said, turn, strict=True):
+                rows += step()
+        assert trt.record.executed == before, "of two memories, each half has its CUDA graph"
+    for rows, frames in zip(said, streams, strict=True):
+        np.testing.assert_array_equal(rows, alone(built, frames))
+
+
+def test_two_threads_may_see_frames_of_two_cameras(built: Bundle) -> None:
+    """Features stay on the device until the next frame, which must not be the other camera's."""
+    streams = [random_frames(30, seed=seed) for seed in (0, 1)]
+    with Session(built, engines=open_engines(built, "tensorrt")) as first, ThreadPoolExecutor() as threads:
+        sessions = [first, first.beside()]
+
+        def watch(session: Session, frames: np.ndarray) -> np.ndarray:
+            for index, image in enumerate(frames):
+                session.see(Frame(image, float(index), 0.0, index))
+            return session.perceive(QUESTION).rows
+
+        said = list(threads.map(watch, sessions, streams))
+    for rows, frames in zip(said, streams, strict=True):
+        with Session(built, engines=open_engines(built, "tensorrt")) as alone:
+            np.testing.assert_array_equal(rows, watch(alone, frames))
+
+
+def test_engines_that_have_room_for_one_memory_are_not_shared_by_two(built: Bundle) -> None:
+    bundle = without_memory(built)
+    with open_engines(bundle, "tensorrt") as engines, pytest.raises(EngineError, match="no graph 'memory'"):
+        QFormer(bundle, engines=engines).beside()
+    with open_engines(built, "tensorrt") as engines:
+        own = backends.Engines({name: engines[name] for name in engines}, memory=engines.memory)
+        with pytest.raises(EngineError, match="one memory on the device"):
+            QFormer(built, engines=own).beside()

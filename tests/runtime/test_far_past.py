@@ -260,9 +260,9 @@ def test_a_question_typed_while_it_runs_reaches_the_log(
     with opened(tmp_path, bundle) as log, Session(bundle) as session:
         fill(log, range(20), wall_s=start)
         day = datetime.fromtimestamp(start).date().isoformat()
-        watch._reply(session, f"/recall {day}T12:00:05 {day}T12:00:09 who came?", tmp_path)
+        watch.reply(session, f"/recall {day}T12:00:05 {day}T12:00:09 who came?", tmp_path)
         assert asked == [(5, 9.0)] and session.frames_seen == 0
-        watch._reply(session, "/recall 12:00 12:01 who came?", None)
+        watch.reply(session, "/recall 12:00 12:01 who came?", None)
         assert "No feature log is being written" in capsys.readouterr().err
 
 

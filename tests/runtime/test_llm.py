@@ -214,6 +214,41 @@ def test_an_answer_says_why_it_ended_and_what_it_took(llm: LLM) -> None:
     assert (short.text, short.finish, short.tokens) == ("The capital of", "length", 3)
 
 
+@pytest.mark.parametrize(("max_tokens", "beams"), [(3, 1), (40, 1), (3, 2)])
+def test_an_answer_tells_how_long_each_token_took(llm: LLM, max_tokens: int, beams: int) -> None:
+    answer = llm.answer(chat("Say only the word yes."), max_tokens=max_tokens, beams=beams)
+    if beams > 1:
+        assert answer.token_s == ()
+        return
+    assert len(answer.token_s) == answer.tokens + (answer.finish == "eog") and min(answer.token_s) > 0
+    assert answer.first_token_s == answer.prefill_s + answer.token_s[0]
+    assert answer.tokens_per_s == pytest.approx((len(answer.token_s) - 1) / sum(answer.token_s[1:]))
+
+
+def test_llama_cpp_counts_what_was_decoded_since_it_was_asked_before(llm: LLM) -> None:
+    llm.perf()
+    answer = llm.answer(chat("Name three animals."), max_tokens=8)
+    found = llm.perf()
+    assert (found.prompt_rows, found.tokens) == (answer.prompt_rows, len(answer.token_s) - 1)
+    assert 0 < found.prompt_ms <= 1000 * answer.prefill_s and 0 < found.token_ms <= 1000 * sum(answer.token_s)
+    assert llm.perf() == (0.0, 0, 0.0, 0)
+
+
+def test_a_pace_decodes_so_many_tokens_whatever_they_are_and_leaves_the_model_as_it_was(llm: LLM) -> None:
+    prompt = chat("Say only the word yes.")
+    before = llm.answer(prompt, max_tokens=8)
+    assert before.finish == "eog"
+    llm.perf()
+    seconds = list(llm.pace(prompt, 12))  # beyond the end token
+    assert len(seconds) == 12 == llm.perf().tokens and min(seconds) > 0
+    next(paced := llm.pace(prompt, 12))
+    paced.close()  # type: ignore[attr-defined]
+    assert llm.answer(prompt, max_tokens=8).text == before.text
+    assert len(llm._sequences._free) == llm._llama.n_sequences - 1
+    with pytest.raises(LLMError, match="exceeds the context"):
+        next(llm.pace(prompt, 600))
+
+
 def test_pieces_join_to_the_answer_and_the_result_waits_for_the_end(llm: LLM) -> None:
     with llm.generate(chat("What is the capital of France?"), max_tokens=32) as generation:
         pieces = [next(generation)]

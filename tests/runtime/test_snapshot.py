@@ -28,7 +28,7 @@ from keepsight.streams.uri import SourceURI
 from ..random_bundle import IMAGE_SIZE, make_bundle
 
 QUESTION, OTHER = "what is the color of the shape?", "what was there first?"
-KV_TOLERANCE = 1e-5  # of the largest key or value: what the README states
+KV_TOLERANCE = 1e-5  # of the largest key or value: what docs/memory.md states
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,7 @@ CLASSES = {
     "_engine": "ICudaEngine",
     "context": "IExecutionContext",
     "_context": "IExecutionContext",
+    "inspector": "EngineInspector",
 }
 # Used for TensorRT-RTX alone: in this function, and it is only called where `is_rtx(trt)` holds.
 ONLY_RTX = "_aim"
@@ -219,6 +220,7 @@ DOUBLES = {
     "Runtime": fake_tensorrt.fake_tensorrt().Runtime,
     "ICudaEngine": fake_tensorrt._Engine,
     "IExecutionContext": fake_tensorrt._Context,
+    "EngineInspector": fake_tensorrt._Inspector,
 }
 
 
@@ -269,11 +271,14 @@ def test_the_scan_sees_what_the_code_uses() -> None:
         "BuilderFlag.TF32",
         "IBuilderConfig.add_optimization_profile",
         "IBuilderConfig.set_timing_cache",
+        "EngineInspector.get_engine_information",
         "ICudaEngine.get_tensor_profile_shape",
         "IExecutionContext.execute_async_v3",
+        "IExecutionContext.profiler",
         "ILogger",
         "INetworkDefinition.get_input",
         "IOptimizationProfile.set_shape",
+        "IProfiler",
         "ITensor.get_dimension_name",
         "ITimingCache.serialize",
         "MemoryPoolType.WORKSPACE",
