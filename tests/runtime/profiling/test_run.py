@@ -197,9 +197,12 @@ def test_a_source_without_any_frame_is_an_error(bare: Path, tmp_path: Path) -> N
         profile(Options(Setup(str(bare), threads=1), str(tmp_path / "none.npy")))
 
 
-def test_contention_needs_a_language_model(bare: Path, clip: Path) -> None:
+def test_contention_needs_a_language_model_which_is_told_before_anything_is_measured(bare: Path, clip: Path) -> None:
+    told: list[str] = []
     with pytest.raises(UsageError, match="no language model to compete with"):
-        profile(Options(Setup(str(bare), threads=1), str(clip), frames=1, warmup=0, runs=1, contention=0.1))
+        options = Options(Setup(str(bare), threads=1), str(clip), frames=1, warmup=0, runs=1, contention=0.1)
+        profile(options, lambda what, done, of: told.append(what))
+    assert told == []
 
 
 def test_only_files_are_played_over() -> None:
