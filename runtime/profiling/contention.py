@@ -17,7 +17,7 @@ from keepsight.runtime.session import Session
 from keepsight.streams import Frame
 from keepsight.streams.errors import UsageError
 
-__all__ = ["contend"]
+__all__ = ["competitor", "contend"]
 
 _FRAMES = 16  # of the source, seen in turns
 _TOKENS = 64  # decoded after each prefill of a short text
@@ -32,17 +32,26 @@ class _Pace:
     ms: float
 
 
+def competitor(loaded: Loaded) -> LLM:
+    """The language model.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if loaded.llm is None:
+        raise UsageError("There is no language model to compete with.", fix="Profile a bundle with one, or without --contention.")
+    return loaded.llm
+
+
 def contend(loaded: Loaded, address: str, *, seconds: float) -> Contention:
     """Frames that are seen, tokens that are written, each alone and then both at once, for so many seconds each.
 
     Raises:
         UsageError: the bundle has no language model.
     """
-    if loaded.llm is None:
-        raise UsageError("There is no language model to compete with.", fix="Profile a bundle with one, or without --contention.")
+    llm, session = competitor(loaded), loaded.session
     with loaded.bundle.source(address) as source:
         frames = list(islice(source, _FRAMES))
-    session, llm = loaded.session, loaded.llm
     _see(session, frames, 0.5)
     _write(llm, 0.5)
     vision, language = _see(session, frames, seconds), _write(llm, seconds)

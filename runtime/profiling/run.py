@@ -170,11 +170,13 @@ def _played_over(source: str) -> str:
 
 
 def _measure(options: Options, loaded: Loaded, address: str, questions: tuple[Put, ...], tell: Tell) -> Measured:
-    from keepsight.runtime.profiling.contention import contend
+    from keepsight.runtime.profiling.contention import competitor, contend
     from keepsight.runtime.profiling.layers import layer_times
     from keepsight.runtime.profiling.memory import components, resident
     from keepsight.runtime.profiling.passes import ask_all, stand_all, start_cold, watch
 
+    if options.contention is not None:
+        competitor(loaded)  # refused before minutes are spent
     warmup = loaded.bundle.manifest.dims.slots if options.warmup is None else options.warmup
     steps = options.runs * (warmup + options.frames + len(questions))
     done = 0

@@ -163,7 +163,7 @@ def test_a_report_is_read_as_it_was_written_and_fits_its_schema(found: Profile, 
 
 
 def test_a_bundle_without_a_language_model_has_frames_alone(bare: Path, clip: Path) -> None:
-    made = profile(Options(Setup(str(bare), threads=1), str(clip), frames=3, runs=1), sensors=MadeUpSensors())
+    made = profile(Options(Setup(str(bare), threads=1), str(clip), frames=3, runs=1, idle_s=0.1), sensors=MadeUpSensors())
     assert made.language_model is None and made.questions == () and made.frames == 3
     assert made.stage("vision") is not None and made.stage("answer", "question") is None
     assert made.dims["memory_length"] == 4 and "No question was answered." in made.notes
@@ -171,7 +171,7 @@ def test_a_bundle_without_a_language_model_has_frames_alone(bare: Path, clip: Pa
 
 
 def test_a_live_source_drops_frames_and_says_how_old_they_are(bare: Path) -> None:
-    options = Options(Setup(str(bare), threads=1), "test://ball", frames=2, warmup=0, runs=1)
+    options = Options(Setup(str(bare), threads=1), "test://ball", frames=2, warmup=0, runs=1, idle_s=0.1)
     made = profile(options, sensors=MadeUpSensors())
     assert set(made.drops) == {"replaced by a newer frame"}
     age = made.stage("capture_age")
@@ -197,9 +197,12 @@ def test_a_source_without_any_frame_is_an_error(bare: Path, tmp_path: Path) -> N
         profile(Options(Setup(str(bare), threads=1), str(tmp_path / "none.npy")))
 
 
-def test_contention_needs_a_language_model(bare: Path, clip: Path) -> None:
+def test_contention_needs_a_language_model_which_is_told_before_anything_is_measured(bare: Path, clip: Path) -> None:
+    told: list[str] = []
     with pytest.raises(UsageError, match="no language model to compete with"):
-        profile(Options(Setup(str(bare), threads=1), str(clip), frames=1, warmup=0, runs=1, contention=0.1))
+        options = Options(Setup(str(bare), threads=1), str(clip), frames=1, warmup=0, runs=1, contention=0.1)
+        profile(options, lambda what, done, of: told.append(what))
+    assert told == []
 
 
 def test_only_files_are_played_over() -> None:
