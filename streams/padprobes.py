@@ -1,9 +1,9 @@
 """Pad probes that leave nothing behind.
 
 For each callable that they hand to C, the bindings of Debian 12 (PyGObject 3.42 over girepository 1.74) have the types of its
-arguments laid out (`g_callable_info_create_closure`), and never free them: 48 bytes of heap for each `Gst.Pad.add_probe`, of
-which a camera that is lost and found makes four every time. So all probes share one C callback here, made once for the process;
-what it is given as user data tells them apart. For each picture that costs less, too: its buffer is read where it lies.
+arguments laid out (`g_callable_info_create_closure`), and never free them: 48 bytes of heap for each `Gst.Pad.add_probe`, and a
+camera that is lost and found makes four every time. So all probes share one C callback here, made once for the process; what it
+is given as user data tells them apart. A buffer is read where it lies, with no object of the bindings around it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from keepsight.streams.gst import load_gst
 __all__ = ["OnData", "add_probe"]
 
 OnData = Callable[[Any, Any], bool]
-"""Called with a buffer and None, or with None and a Gst.Event; whether it may pass on. If it raises, that is logged, and it may.
+"""Called with a buffer and None, or with None and a Gst.Event; whether it may pass on. What this raises is logged, and it may.
 
 Of a buffer there are `pts` and `duration` (ns, Gst.CLOCK_TIME_NONE for none), `flags` (an int, see Gst.BufferFlags) and `whole`,
 the Gst.Buffer. It is there during the call only.
