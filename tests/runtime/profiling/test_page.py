@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keepsight.runtime.profiling import svg
-from keepsight.runtime.profiling.outline import blocks, makeup, rows, throttled
+from keepsight.runtime.profiling.outline import blocks, figures, makeup, rows, throttled
 from keepsight.runtime.profiling.page import page
-from keepsight.runtime.profiling.report import Layer, Machine, MemoryUse, Moment, Phase, Profile
+from keepsight.runtime.profiling.report import Layer, Machine, MemoryUse, Moment, Phase, Profile, Stage, Statistics
 
 from .made_reports import FRAME_MS, QUESTION_MS, Made
 
@@ -275,3 +275,16 @@ def test_names_of_marks_and_numbers_of_axes_never_overlap(samples: list[float]) 
     for line in boxes.values():
         line.sort()
         assert all(one[1] <= other[0] + 1 for one, other in pairwise(line)), line
+
+
+def test_a_frame_that_waits_in_a_queue_is_told_without_that_too() -> None:
+    """Not the difference of the medians: the median of what each frame took without its own waiting."""
+    made = Made(runs=1, frames=3).profile()
+
+    def made_of(name: str, samples: tuple[float, ...]) -> Stage:
+        return Stage(name=name, path="frame", samples=samples, statistics=Statistics.of(samples))
+
+    waiting = made.model_copy(update={"stages": (made_of("wait", (80.0, 10.0, 60.0)), made_of("frame", (90.0, 100.0, 61.0)))})
+    assert dict(figures(waiting))["of it no waiting"] == "10 ms"  # of 10, 90 and 1
+    fast = made.model_copy(update={"stages": (made_of("wait", (1.0, 1.0, 1.0)), made_of("frame", (90.0, 100.0, 61.0)))})
+    assert dict(figures(fast))["a frame, p95"] == "99 ms" and "of it no waiting" not in dict(figures(fast))
