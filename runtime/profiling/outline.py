@@ -133,7 +133,8 @@ def figures(profile: Profile) -> list[tuple[str, str]]:
     if frame := profile.stage("frame"):
         work = _work(profile, frame)
         found.append(("a frame, median", f"{frame.statistics.p50:.4g} ms"))
-        found.append(("a frame, p95", f"{frame.statistics.p95:.4g} ms") if work is None else ("of it no waiting", f"{work:.4g} ms"))
+        name, ms = ("a frame, p95", frame.statistics.p95) if work is None else ("of it no waiting", work)
+        found.append((name, f"{ms:.4g} ms"))
     found.append(("throughput", f"{profile.fps:.3g} frames/s"))
     if first := profile.stage("time_to_first_token", "question"):
         found.append(("first token, median", f"{first.statistics.p50:.4g} ms"))
