@@ -100,12 +100,15 @@ def compare(
     b: Annotated[Path, typer.Argument(help="The report after.")],
     threshold: Annotated[float, typer.Option(help="A stage may get slower by this share.")] = 0.05,
     force: Annotated[bool, typer.Option("--force", help="Compare although bundle, machine or backend differ.")] = False,
+    paired: Annotated[
+        bool, typer.Option("--paired", help="Run by run: both were profiled in turns, and merged. Finds more on a busy machine.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """What got slower or bigger from one report to another, and how sure that is; exit code 16 if anything did."""
     from keepsight.runtime.profiling.compare import compare_command
 
-    compare_command(a, b, threshold=threshold, force=force, as_json=as_json)
+    compare_command(a, b, threshold=threshold, force=force, paired=paired, as_json=as_json)
 
 
 def merge(

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from keepsight.runtime.profiling.report import FRAME_STAGES, QUESTION_STAGES, Chain, Profile, Stage, read_profile
-from keepsight.runtime.profiling.spread import Gap, gap, level, per_run
+from keepsight.runtime.profiling.spread import Gap, gap, level, paired_gap, per_run
 from keepsight.streams.errors import RegressionError, UsageError
 
 __all__ = ["ALARMS", "FLOOR_MS", "UNSEEN", "WAITING", "Amount", "Change", "Comparison", "compare", "compare_command"]
@@ -178,14 +178,16 @@ class Comparison:
         }  # fmt: skip
 
 
-def compare_command(a: Path, b: Path, *, threshold: float = 0.05, force: bool = False, as_json: bool = False) -> None:
+def compare_command(
+    a: Path, b: Path, *, threshold: float = 0.05, force: bool = False, paired: bool = False, as_json: bool = False
+) -> None:
     """Compare two reports and print a table, or JSON.
 
     Raises:
         RegressionError: B is slower or bigger than A; it names what to look at first.
         UsageError: a file that is no report, two that are not comparable, a threshold that makes no sense.
     """
-    found = compare(read_profile(a), read_profile(b), threshold=threshold, force=force)
+    found = compare(read_profile(a), read_profile(b), threshold=threshold, force=force, paired=paired)
     if as_json:
         print(json.dumps({"a": str(a), "b": str(b), **found.as_dict()}, ensure_ascii=False))
     else:
@@ -198,15 +200,19 @@ def compare_command(a: Path, b: Path, *, threshold: float = 0.05, force: bool = 
         raise RegressionError(_alarm(found), fix=f"Compare the pages of both reports at that place; A is {a}, B is {b}.")
 
 
-def compare(a: Profile, b: Profile, *, threshold: float = 0.05, force: bool = False) -> Comparison:
+def compare(
+    a: Profile, b: Profile, *, threshold: float = 0.05, force: bool = False, paired: bool = False
+) -> Comparison:
     """What changed from report `a` to report `b`.
 
     Args:
         threshold: slower by no more than this share is no regression.
         force: compare although bundle, machine, power mode or backend differ.
+        paired: run by run: both were made in turns, the first run of A beside the first of B, and so on. Then what the machine
+            did beside them at that time is in none of the intervals.
 
     Raises:
-        UsageError: they are not comparable, or the threshold is not in [0, 10].
+        UsageError: they are not comparable, or the threshold is not in [0, 10]; pairs of runs that are not as many, or only one.
     """
     if not 0 <= threshold <= 10:
         raise UsageError(f"a threshold of {threshold:g} makes no sense.", fix="Give a share: 0.05 is 5 %.")
@@ -216,7 +222,12 @@ def compare(a: Profile, b: Profile, *, threshold: float = 0.05, force: bool = Fa
             f"these profiles are not comparable: {'; '.join(apart)}.",
             fix="Profile both alike, or give --force to compare them nevertheless.",
         )
-    changes = _holm([change for path in _CHAINS for change in _changes(a, b, path, threshold)])
+    if paired and (a.runs != b.runs or a.runs < 2):
+        raise UsageError(
+            f"{a.runs} and {b.runs} runs make no pairs.",
+            fix="Profile both in turns, as often one as the other, and join the reports of each with: keepsight profile merge",
+        )
+    changes = _holm([change for path in _CHAINS for change in _changes(a, b, path, threshold, paired)])
     notes = (*_spread_notes(a, b), *_reach(changes, threshold), *_notes(a, b))
     return Comparison(threshold, (a.runs, b.runs), tuple(changes), tuple(_amounts(a, b)), apart, notes)
 
@@ -251,7 +262,7 @@ def written(amount: Amount, value: float) -> str:
     return f"{value:.4g} {amount.unit}".rstrip()
 
 
-def _changes(a: Profile, b: Profile, path: Chain, threshold: float) -> list[Change]:
+def _changes(a: Profile, b: Profile, path: Chain, threshold: float, paired: bool) -> list[Change]:
     """Of a path, with p not yet corrected."""
     end, chain = _CHAINS[path]
     whole = a.stage(end, path)
@@ -264,7 +275,7 @@ def _changes(a: Profile, b: Profile, path: Chain, threshold: float) -> list[Chan
         before, after = a.stage(name, path), b.stage(name, path)
         assert before is not None and after is not None
         runs = per_run(a, before), per_run(b, after)
-        change = _change(before, runs, after, threshold, (a.runs, b.runs))
+        change = _change(before, runs, after, threshold, (a.runs, b.runs), paired)
         part: Literal["whole", "stage", "other"] = "whole" if name == end else "stage" if name in chain else "other"
         found.append(replace(change, part=part, share=change.difference_ms / base if base else 0.0))
     return found
@@ -274,7 +285,12 @@ _Runs = tuple[np.ndarray[Any, np.dtype[np.float64]], ...]
 
 
 def _change(
-    before: Stage, runs: tuple[_Runs | None, _Runs | None], after: Stage, threshold: float, counts: tuple[int, int]
+    before: Stage,
+    runs: tuple[_Runs | None, _Runs | None],
+    after: Stage,
+    threshold: float,
+    counts: tuple[int, int],
+    paired: bool,
 ) -> Change:
     first, second = (found or (np.asarray(stage.samples),) for found, stage in zip(runs, (before, after), strict=True))
     log = min(float(np.median(run)) for run in (*first, *second)) > 0
@@ -284,7 +300,9 @@ def _change(
         before.name, before.path, "other", before.inside, centres[0], centres[1], centres[1] / centres[0] if log else None,
         None, None, 0.0, 1.0, "unknown",
     )  # fmt: skip
-    known = gap(*levels) if None not in runs else None
+    known = None
+    if None not in runs:
+        known = paired_gap(first, second, log=log) if paired else gap(*levels)
     if known is None:
         return change
     low, high = known.interval()

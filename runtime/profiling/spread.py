@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from keepsight.runtime.profiling.report import Profile, Stage
 from keepsight.runtime.profiling.student import t_quantile, t_tail
 
-__all__ = ["Gap", "Level", "gap", "level", "per_run"]
+__all__ = ["Gap", "Level", "gap", "level", "paired_gap", "per_run"]
 
 _LEAST_SAMPLES = 4
 _DRAWS = 2_000_000  # numbers drawn for a bootstrap, in all
@@ -68,15 +68,20 @@ class Level:
 
 def level(samples: tuple[NDArray[np.float64], ...], *, log: bool, seed: int = 0) -> Level:
     """Of a stage's samples, run by run; `log` needs medians above 0."""
-    medians = np.array([np.median(run) for run in samples])
-    rounded = float(np.mean((_ROUNDED_MS / medians) ** 2)) if log else _ROUNDED_MS**2
-    values = np.log(medians) if log else medians
+    values, rounded = _observed(samples, log=log)
     if len(values) > 1:
         return Level(len(values), float(values.mean()), float(values.var(ddof=1)) + rounded, len(values) - 1)
     if len(samples[0]) < _LEAST_SAMPLES:
         return Level(1, float(values[0]), None, 0)
     within, blocks = _bootstrap(samples[0], log=log, seed=seed)
     return Level(1, float(values[0]), within + rounded, blocks - 1)
+
+
+def _observed(samples: tuple[NDArray[np.float64], ...], *, log: bool) -> tuple[NDArray[np.float64], float]:
+    """The median of each run, and the variance of its being rounded."""
+    medians = np.array([np.median(run) for run in samples])
+    rounded = float(np.mean((_ROUNDED_MS / medians) ** 2)) if log else _ROUNDED_MS**2
+    return np.log(medians) if log else medians, rounded
 
 
 def _bootstrap(samples: NDArray[np.float64], *, log: bool, seed: int) -> tuple[float, float]:
@@ -155,3 +160,19 @@ def gap(before: Level, after: Level, *, unseen: float = 0.0) -> Gap | None:
     if before.runs == after.runs > 1:
         freedom = before.freedom + after.freedom
     return Gap(difference, math.sqrt(total + 2 * unseen**2), freedom)
+
+
+def paired_gap(
+    before: tuple[NDArray[np.float64], ...], after: tuple[NDArray[np.float64], ...], *, log: bool
+) -> Gap | None:
+    """From runs to other runs of which each was made in turns with the one of the same number: Student's paired t.
+
+    What a pair has in common, such as another load on the machine at that time, is in no difference, and so in no interval.
+    None unless there are as many of both, and at least two.
+    """
+    if len(before) != len(after) or len(before) < 2:
+        return None
+    (first, rounded), (second, rounded_too) = _observed(before, log=log), _observed(after, log=log)
+    differences = second - first
+    variance = float(differences.var(ddof=1)) + rounded + rounded_too
+    return Gap(float(differences.mean()), math.sqrt(variance / len(differences)), len(differences) - 1)

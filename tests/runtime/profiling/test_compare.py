@@ -13,7 +13,7 @@ import pytest
 
 from keepsight.runtime.profiling.compare import FLOOR_MS, Amount, Change, Comparison, _holm, compare, compare_command
 from keepsight.runtime.profiling.report import MemoryUse, Moment, Profile, Stage, Statistics, write_profile
-from keepsight.runtime.profiling.spread import gap, level, per_run
+from keepsight.runtime.profiling.spread import gap, level, paired_gap, per_run
 from keepsight.runtime.profiling.student import t_quantile, t_tail
 from keepsight.streams.errors import RegressionError, UsageError
 
@@ -358,3 +358,52 @@ def test_the_commands_json_is_json_alone(tmp_path: Path, capsys: pytest.CaptureF
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert found["regression"] and found["worst"] == "step" and found["slower"][0] == "step"
     assert {c["name"]: c["verdict"] for c in found["changes"]}["vision"] in ("same", "unclear")
+
+
+def test_pairs_of_runs_are_students_paired_t() -> None:
+    """By hand: medians 10, 20, 40 and 12, 22, 46 ms; the runs differ much from each other, the two of a pair hardly."""
+    before = tuple(np.array([ms - 1, ms, ms + 1]) for ms in (10.0, 20.0, 40.0))
+    after = tuple(np.array([ms - 1, ms, ms + 1]) for ms in (12.0, 22.0, 46.0))
+    found = paired_gap(before, after, log=False)
+    assert found is not None and found.difference == pytest.approx(10 / 3) and found.freedom == 2
+    assert found.error == pytest.approx(math.sqrt(16 / 3 / 3), rel=1e-4)  # differences 2, 2, 6
+    assert found.interval()[1] - found.difference == pytest.approx(4.30265 * found.error, rel=1e-4)
+    ratio = paired_gap(before, after, log=True)
+    assert ratio is not None and ratio.difference == pytest.approx(np.mean(np.log([1.2, 1.1, 1.15])))
+    assert paired_gap(before, after[:2], log=True) is None and paired_gap(before[:1], after[:1], log=True) is None
+
+
+def in_turns(slower: float) -> tuple[Profile, Profile]:
+    """Both of 8 runs; each pair has a load of its own beside it, up to half as much again, and 1 % of noise for itself."""
+    rng = np.random.default_rng(3)
+    load = rng.uniform(1.0, 1.5, 8)
+
+    def made(seed: int, factor: float) -> Profile:
+        report = Made(seed=seed, runs=8, noise=Noise(run=0.0, stage=0.005)).profile()
+        runs = {"frame": np.asarray(report.run_of_frame), "question": np.asarray(report.run_of_question)}
+        stages = []
+        for stage in report.stages:
+            which = runs[stage.path]
+            if len(which) != len(stage.samples):
+                continue
+            times = np.asarray(stage.samples) * load[which] * (factor if stage.name == "vision" else 1.0)
+            stages.append(stage.model_copy(update={"samples": tuple(times), "statistics": Statistics.of(list(times))}))
+        return report.model_copy(update={"stages": tuple(stages)})
+
+    return made(1, 1.0), made(2, slower)
+
+
+def test_pairs_find_on_a_machine_whose_load_drifts_what_unpaired_runs_do_not() -> None:
+    a, b = in_turns(1.12)
+    assert not compare(a, b).slower
+    found = compare(a, b, paired=True)
+    assert [change.name for change in found.slower][:1] == ["vision"]
+    vision = next(change for change in found.changes if change.name == "vision")
+    assert vision.low is not None and vision.high is not None and vision.low < 1.12 < vision.high < 1.2
+    assert compare(*in_turns(1.0), paired=True)
+
+
+@pytest.mark.parametrize(("runs", "others"), [(5, 4), (1, 1)])
+def test_what_makes_no_pairs_is_refused(runs: int, others: int) -> None:
+    with pytest.raises(UsageError, match=rf"^{runs} and {others} runs make no pairs\. Profile both in turns"):
+        compare(Made(runs=runs).profile(), Made(runs=others).profile(), paired=True)
