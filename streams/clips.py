@@ -27,6 +27,7 @@ _IN_MP4 = (*_PARSERS, "image/jpeg")
 
 _GAP_S = 2.0  # a longer time without a picture is told
 _OVERLAP_S = 1.0  # segments follow each other this closely; what begins earlier than that had its clock set back
+_MOST_REORDERED = 16  # pictures that are decoded before one that is shown before them: what H.264 and H.265 allow
 _ROOM_BYTES = 8 << 20
 _PULL_S = 0.05
 
@@ -38,7 +39,8 @@ class Clip:
     Attributes:
         path: where it is.
         start_s, end_s: when its first picture was captured and its last one ended, in seconds since 1970. A clip begins with a
-            key frame, so it may begin before it was asked to.
+            key frame, so it may begin before it was asked to; where pictures are sent out of order it may end some pictures
+            later, with the one that the last are decoded from.
         frames: pictures in it.
         gaps: times of more than 2 s within it of which nothing was recorded, as (start, end).
     """
@@ -165,11 +167,28 @@ def _pictures(segments: Sequence[Segment]) -> Iterator[_Picture]:
 
 
 def _between(pictures: Iterator[_Picture], start_s: float, end_s: float) -> Iterator[_Picture]:
-    """From the last key frame at or before the start to the end; of what is before, one group of pictures is held at most."""
+    """The pictures of a clip, in the order of decoding: none is missing among those it shows, and each can be decoded."""
+    return _decodable(_since(_until(pictures, end_s), start_s))
+
+
+def _until(pictures: Iterator[_Picture], end_s: float) -> Iterator[_Picture]:
+    """Those shown before the end, the later ones that they are decoded from, and what is shown before those."""
+    last_s = -math.inf
+    held: list[_Picture] = []  # needed if one that is needed comes after them
+    for picture in pictures:
+        held.append(picture)
+        if picture.at_s < max(end_s, last_s):
+            last_s = max(last_s, *(one.at_s for one in held))
+            yield from held
+            held.clear()
+        elif len(held) > _MOST_REORDERED:
+            return
+
+
+def _since(pictures: Iterator[_Picture], start_s: float) -> Iterator[_Picture]:
+    """From the last key frame at or before the start on; of what is before, one group of pictures is held at most."""
     group: list[_Picture] | None = []
     for picture in pictures:
-        if picture.decoded_at_s >= end_s:
-            return
         if group is None:
             yield picture
             continue
@@ -181,8 +200,22 @@ def _between(pictures: Iterator[_Picture], start_s: float, end_s: float) -> Iter
         if group and picture.at_s >= start_s:
             yield from group
             group = None
-    if group and group[-1].at_s + group[-1].length_s > start_s:
+    if group and max(picture.at_s + picture.length_s for picture in group) > start_s:
         yield from group
+
+
+def _decodable(pictures: Iterator[_Picture]) -> Iterator[_Picture]:
+    """Without those that refer to what is missing: shown before the key frame that they follow, where nothing was before it.
+
+    Such are the leading pictures of an open group (ITU-T H.265, 3.79; H.264 has them behind a recovery point).
+    """
+    key_s = last_s = -math.inf
+    for picture in pictures:
+        if picture.is_key and picture.at_s - last_s > _GAP_S:
+            key_s = picture.at_s
+        if picture.at_s >= key_s:
+            last_s = max(last_s, picture.at_s + picture.length_s)
+            yield picture
 
 
 def _read(segment: Segment) -> Iterator[_Picture]:

@@ -137,24 +137,26 @@ def test_what_a_killed_recorder_has_written_plays_and_the_next_one_goes_on_behin
 def test_an_outage_begins_a_new_segment_and_is_told_as_a_gap(rtsp_server: RtspServer, tmp_path: Path) -> None:
     events: list[RecordEvent] = []
     with Recorder(tmp_path / "r", 10_000_000, segment_s=60, on_event=events.append) as recorder:
-        frozen: list[float] = []
+        frozen: list[tuple[float, int]] = []  # when, and in which connection
 
         def back(frames: list[Frame]) -> bool:
             if len(frames) > 40 and not frozen:
-                frozen.append(time.monotonic())
+                frozen.append((time.monotonic(), frames[-1].generation))
                 rtsp_server.process.send_signal(signal.SIGSTOP)
-            if frozen and time.monotonic() - frozen[0] > 5:
-                rtsp_server.process.send_signal(signal.SIGCONT)
+            if not frozen or time.monotonic() - frozen[0][0] <= 5:
+                return False
+            rtsp_server.process.send_signal(signal.SIGCONT)
             found = recorder.segments  # a group of pictures is written at its end
-            return bool(frames) and frames[-1].generation > 0 and len(found) > 1 and found[-1].size > 20_000
+            return frames[-1].generation > frozen[0][1] and len(found) > 1 and found[-1].size > 20_000
 
-        frames, _ = watch(rtsp_server.url("/ball"), recorder, back)
-    assert len(recorder.segments) == 2 and [event.state for event in events] == ["recording", "recording"]
+        frames, _ = watch(rtsp_server.url("/ball"), recorder, back, timeout_s=60)
+    # A busy machine may lose its camera once more: each connection is a segment, and is told.
+    assert len(recorder.segments) == len(events) >= 2 and {event.state for event in events} == {"recording"}
     first, last = frames[0].wall_time, frames[-1].wall_time
     assert first is not None and last is not None
     made = clip(tmp_path / "r", first, last, tmp_path / "out.mkv")
-    (gap,) = made.gaps
-    assert gap[1] - gap[0] > 3 and gap[1] == pytest.approx(recorder.segments[1].start_s, abs=0.01)
+    gap = max(made.gaps, key=lambda one: one[1] - one[0])
+    assert gap[1] - gap[0] > 3 and min(abs(gap[1] - segment.start_s) for segment in recorder.segments[1:]) < 0.01
 
 
 FULL = """
@@ -198,7 +200,7 @@ AGAIN = """
             if recorder.failures and frame.time_s > 4:  # the disk has room again
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             big = [segment for segment in recorder.segments if segment.size > 100_000]
-            if big or frame.time_s > 25:
+            if (big and recorder.state == "recording") or frame.time_s > 45:  # it is told at the key frame after
                 break
         print(source.generation, len(big), states[0], states[-1], states.count("recording") - states.count("stopped"))
     recorder.close()
