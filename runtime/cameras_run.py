@@ -252,7 +252,7 @@ def _greeting(watcher: CameraWatcher, *, recall: bool) -> str:
     watched = ", ".join(f"{status.name} ({status.uri})" for status in statuses)
     words = "/at, /between, /recall" if recall else "/at, /between"
     example = f"{statuses[0].name}: QUESTION, or {statuses[0].name}: /since 2h QUESTION, {words}"
-    return f"Watching {watched}.\nType {example}; /cameras lists them; Ctrl-D leaves."
+    return f"Watching {watched}.\nType {example}; /cameras lists them, /status tells how the machine is; Ctrl-D leaves."
 
 
 def _prompt(watcher: CameraWatcher) -> str:
