@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,16 +25,34 @@ def llm() -> Iterator[LLM]:
         yield opened
 
 
-def resident() -> int:
+# In a process of its own: in one that has freed large blocks before, the C library keeps what is given back for itself.
+GIVEN_BACK = """
+import sys
+from pathlib import Path
+from keepsight.runtime.llm import LLM, Text
+
+def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-
-def test_a_smaller_context_gives_memory_back_and_answers_the_same(llm: LLM) -> None:
-    before, logits = llm.answer(ASKED, max_tokens=8), llm.logits(ASKED)
+with LLM(sys.argv[1], n_ctx=2048, n_threads=1) as llm:
+    llm.answer([Text("Name a colour.")], max_tokens=8)
     large = resident()
+    llm.resize(1024)
+    llm.answer([Text("Name a colour.")], max_tokens=8)
+    print(large - resident())
+"""
+
+
+def test_a_smaller_context_gives_memory_back() -> None:
+    model = requantised(smollm2_gguf(), kind="F16")
+    done = subprocess.run([sys.executable, "-c", GIVEN_BACK, str(model)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 15e6  # keys and values of 1024 positions: 23.6 MB
+
+
+def test_a_smaller_context_answers_the_same(llm: LLM) -> None:
+    before, logits = llm.answer(ASKED, max_tokens=8), llm.logits(ASKED)
     assert llm.resize(1024) and llm.n_ctx == 1024
     after = llm.answer(ASKED, max_tokens=8)
-    assert large - resident() > 15e6  # keys and values of 1024 positions: 23.6 MB
     assert after.text == before.text and after.reused_rows == 0
     np.testing.assert_array_equal(llm.logits(ASKED), logits)
     with pytest.raises(LLMError, match="exceeds the context of 1024"):
