@@ -14,28 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from keepsight.runtime.planning.shapes import VisionShape
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 LAVIS_NORM_EPS = 1e-5  # of ln_vision: torch's default there, 1e-6 in Hugging Face's port
 
 
 @dataclass(frozen=True)
-class EvaConfig:
-    """Dimensions; the defaults are ViT-g/14 at 224 pixels. `norm_eps` is that of `ln_vision`."""
+class EvaConfig(VisionShape):
+    """Those of `VisionShape`, and the epsilons: `norm_eps` is that of `ln_vision`. The defaults are ViT-g/14 at 224 pixels."""
 
-    image_size: int = 224
-    patch: int = 14
-    width: int = 1408
-    blocks: int = 39
-    heads: int = 16
-    mlp: int = 6144
     block_eps: float = 1e-6
     norm_eps: float = LAVIS_NORM_EPS
-
-    @property
-    def tokens(self) -> int:
-        """N: the class token and the patches."""
-        return 1 + (self.image_size // self.patch) ** 2
 
 
 class EvaAttention(nn.Module):

@@ -29,7 +29,7 @@ from keepsight.runtime.gguf_rows import matrix_shapes
 from keepsight.runtime.gguf_sizes import file_bytes
 from keepsight.runtime.manifest import MANIFEST, Cost, CurrentInfo, LLMInfo, Manifest, TableInfo, manifest_text
 from keepsight.runtime.planning.costs import total_bytes
-from keepsight.runtime.planning.shapes import QFormerShape, VisionShape, qformer_costs, vision_cost
+from keepsight.runtime.planning.shapes import QFormerShape, qformer_costs, vision_cost
 
 __all__ = ["LanguageModel", "Preview", "preview"]
 
@@ -136,10 +136,8 @@ class _Sizes:
         """The manifest with what a run of each graph will cost, counted from sizes."""
         dims, config = manifest.dims, self._checkpoint.qformer
         config = with_marker(config) if isinstance(manifest.positions, CurrentInfo) else config
-        eva = self._checkpoint.vision
-        vision = VisionShape(eva.image_size, eva.patch, eva.width, eva.blocks, eva.heads, eva.mlp)
         qformer = QFormerShape(dims, config.ffn, config.position_rows)
-        counted: dict[str, tuple[Cost, ...]] = {"vision": (vision_cost(vision),)}
+        counted: dict[str, tuple[Cost, ...]] = {"vision": (vision_cost(self._checkpoint.vision),)}
         rows = [qformer_costs(qformer, text) for text in dims.text_buckets]
         counted |= {name: _different(row[name] for row in rows) for name in rows[0]}
         graphs = {}

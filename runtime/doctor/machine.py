@@ -17,6 +17,7 @@ from pathlib import Path
 from keepsight.runtime.doctor.probes import Outcome, Probe, Prober
 from keepsight.runtime.sensors.board import Identity, identity
 from keepsight.runtime.sensors.sysfs import named, text
+from keepsight.runtime.versions import installed
 from keepsight.streams.v4l2 import FoundCamera, found_cameras
 
 __all__ = ["Machine", "this_machine"]
@@ -105,7 +106,7 @@ def this_machine(root: Path = Path("/"), probe: Probe | None = None) -> Machine:
         groups=_groups(),
         is_root=os.geteuid() == 0,
         clock_synchronised=_clock_synchronised(),
-        versions=_versions(),
+        versions=installed(_DISTRIBUTIONS),
         pinned=_pinned(),
         cameras=tuple(found_cameras(root / "sys/class/video4linux", root / "dev")),
         free=_free,
@@ -135,16 +136,6 @@ def _clock_synchronised() -> bool | None:
     except (OSError, AttributeError):
         return None
     return None if state < 0 else state != _CLOCK_ERROR
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _pinned() -> str | None:

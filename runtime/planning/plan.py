@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 from keepsight.runtime.boards import Board
@@ -233,19 +234,12 @@ def _footprint(model: PlannedModel, request: Request, vision: Precision, qformer
     for part in banks(dims, standing=request.standing):
         parts.append(replace(part, bytes=request.cameras * part.bytes))
     if request.cameras > 1:
-        bank = sum(_values(shape) for name, shape in graph_tensors(dims)[MEMORY].items() if name.startswith(("bank_", "next_")))
+        bank = sum(prod(shape) for name, shape in graph_tensors(dims)[MEMORY].items() if name.startswith(("bank_", "next_")))
         more = request.cameras - 1
         parts.append(Part(f"visual memories of {more} more camera{'s' * (more > 1)}", 4 * more * bank, "exact"))
     if model.llm is not None:
         parts += language(model.llm.bytes, model.llm.shape, context=request.context)
     return Footprint(tuple(parts))
-
-
-def _values(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _notes(model: PlannedModel, target: Target, vision: Precision, footprint: Footprint | None) -> Iterator[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -225,8 +224,3 @@ def _non_negative(terms: NDArray[np.float64], wanted: NDArray[np.float64]) -> ND
             solution = solution + step * (trial - solution)
             active &= solution > 1e-12
     return np.asarray(solution / np.where(scale > 0, scale, 1))
-
-
-def shapes_probed() -> Sequence[str]:
-    """Of products, for a report."""
-    return [*map(str, PRODUCTS), *(str(_convolution(shape)) for shape in CONVOLUTIONS)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -12,6 +11,7 @@ from keepsight.runtime.gpu import this_gpu
 from keepsight.runtime.profiling.report import Machine
 from keepsight.runtime.profiling.sampler import SensorReader
 from keepsight.runtime.sensors.board import identity
+from keepsight.runtime.versions import installed
 from keepsight.streams.gst import load_gst
 
 __all__ = ["this_machine"]
@@ -44,10 +44,5 @@ def this_machine(sensors: SensorReader, *, gpu: bool, root: Path = Path("/")) ->
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": sys.version.split()[0], "gstreamer": load_gst().version_string().removeprefix("GStreamer ")}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    gstreamer = load_gst().version_string().removeprefix("GStreamer ")
+    return {"python": sys.version.split()[0], "gstreamer": gstreamer, **installed(_PACKAGES)}
