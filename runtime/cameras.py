@@ -97,6 +97,8 @@ class CameraWatcher:
             raise UsageError("two cameras can't share a session.", fix="Make one for each with Session.beside.")
         self._on_frame, self._on_error = on_frame, on_error
         self._cameras = _cameras(sessions, uris, on_event, branches or {}, open_feed)
+        for name, session in sessions.items():
+            session.feed = self._cameras.cameras[name]
         self._watched = {name: _Watched(session, SourceURI.parse(uris[name])) for name, session in sessions.items()}
         self._changed = threading.Condition()
         self._closing = self._ended = False

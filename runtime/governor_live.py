@@ -22,6 +22,7 @@ from keepsight.runtime.sensors.reading import Reading
 from keepsight.runtime.session import Session
 from keepsight.streams import Frame, LiveSource
 from keepsight.streams.errors import KeepsightError
+from keepsight.streams.many import Camera
 
 __all__ = ["CoreUse", "LiveGovernor", "SensorsLike", "governed"]
 
@@ -104,22 +105,23 @@ class _Frames:
         if newest is None or not costs or self._clock() - newest[0] > max(5.0, 3 * interval_s):
             return None, None
         # Of a file that is read as fast as it comes, no frame is late.
-        watched = self._session.watcher is not None and self._session.watcher.source.is_live
-        return median(costs), newest[1] if watched else None
+        feed = self._session.feed
+        live = feed is not None and (isinstance(feed, Camera) or feed.is_live)
+        return median(costs), newest[1] if live else None
 
     def dropped(self) -> int:
         """Frames that were wanted and replaced, since the last call. A file's that plays as a camera are not told apart."""
-        watcher = self._session.watcher
-        if watcher is None or not isinstance(watcher.source, LiveSource):
+        feed = self._session.feed
+        if not isinstance(feed, LiveSource | Camera):
             return 0
-        before, self._dropped = self._dropped, watcher.source.drops["replaced"]
+        before, self._dropped = self._dropped, feed.drops["replaced"]
         return max(0, self._dropped - before)
 
     def usual_s(self) -> float:
         """From one frame to the next without any step: as the bundle asks, or as the source gives them if that is slower."""
         wanted = 1 / self._session.bundle.manifest.sample_fps
-        watcher = self._session.watcher
-        arrivals = None if watcher is None else watcher.source.arrivals
+        feed = self._session.feed
+        arrivals = None if feed is None else feed.arrivals
         return max(wanted, (arrivals.interval_s or 0.0) if arrivals is not None else 0.0)
 
 

@@ -42,6 +42,7 @@ from keepsight.runtime.watcher import Watcher
 from keepsight.streams import Frame, LiveSource, Source
 from keepsight.streams.branches import Branch
 from keepsight.streams.errors import BundleError, EngineError, KeepsightError, UsageError
+from keepsight.streams.many import Camera
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.uri import SourceURI
 
@@ -119,6 +120,7 @@ class Session:
         self._newest: Frame | None = None
         self._cost = FrameCost(0.0, 0.0, 0.0)
         self._watcher: Watcher | None = None
+        self.feed: Source | LiveSource | Camera | None = None  # what is watched for it, or was last
         self._observers: list[Callable[[Tensor, Frame], None]] = []
         self._parts: dict[str, Part] = {"clock": self.clock, "key frames": self.key_frames}
         self._unclaimed: dict[str, Mapping[str, Array]] = {}  # of a snapshot, until their owner comes
@@ -656,6 +658,7 @@ class Session:
             )
         if self._watcher is not None and self._watcher.running:
             raise UsageError("This session is already watching a source.", fix="Make a second one with Session.beside.")
+        self.feed = source
         self._watcher = self._close.enter_context(Watcher(self, source, on_frame))
         return self._watcher
 

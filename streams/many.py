@@ -12,6 +12,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Protocol
 
 from keepsight.streams.backoff import Reconnect
+from keepsight.streams.capture import Arrivals
 from keepsight.streams.errors import KeepsightError, UsageError
 from keepsight.streams.events import Event, State
 from keepsight.streams.frame import Frame
@@ -36,6 +37,9 @@ class Feed(Protocol):
 
     @property
     def drops(self) -> Counter[str]: ...
+
+    @property
+    def arrivals(self) -> Arrivals | None: ...
 
     def latest(self, timeout_s: float | None = None) -> Frame | None: ...
 
@@ -101,6 +105,11 @@ class Camera:
             drops["over-budget"] = self._over_budget
         drops["replaced"] = max(0, drops["replaced"])
         return drops
+
+    @property
+    def arrivals(self) -> Arrivals | None:
+        """Rate and size of what it sends; None before the first frame."""
+        return self._feed.arrivals
 
     def __repr__(self) -> str:
         return f"Camera({self.name!r}, state={self.state!r}, served={self.served})"

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from keepsight.streams.branches import SHIELD, Branch
 from keepsight.streams.errors import KeepsightError, UsageError
 from keepsight.streams.gst import load_gst
+from keepsight.streams.padprobes import add_probe
 from keepsight.streams.patience import Errand
 from keepsight.streams.recorded import Segment, segment_name, segments_in
 
@@ -143,7 +144,7 @@ class Recorder:
         # Nothing that is called back may hold the pipeline: it would never be freed.
         entry = pipeline.get_by_name(_ENTRY)
         self._state = "waiting" if self._state != "stopped" else self._state
-        gst, writer = load_gst(), _Writer(self, entry.get_parent().get_name())
+        writer = _Writer(self, entry)
         with self._lock:
             self._writers[pipeline.get_name()] = writer
         # Of a sink that is over, a bin tells its own bin, which else says nothing until all its sinks are.
@@ -151,7 +152,7 @@ class Recorder:
         bus = pipeline.get_bus()
         bus.enable_sync_message_emission()
         bus.connect("sync-message::element", writer.on_message)
-        entry.get_static_pad("sink").add_probe(gst.PadProbeType.BUFFER | gst.PadProbeType.EVENT_DOWNSTREAM, writer.on_data)
+        add_probe(entry.get_static_pad("sink"), writer.on_data)
 
     def _finish(self, pipeline: Any) -> None:
         """Let what is recorded of a pipeline be written to its end."""
@@ -215,8 +216,9 @@ class Recorder:
 class _Writer:
     """Sees the coded pictures of one connection: builds what writes them when it knows what they are."""
 
-    def __init__(self, recorder: Recorder, side: str) -> None:
-        self._recorder, self._side = recorder, side
+    def __init__(self, recorder: Recorder, entry: Any) -> None:
+        self._recorder, self._side = recorder, entry.get_parent().get_name()
+        self._entry = entry.weak_ref()
         self._gst = load_gst()
         self._media = ""  # what is written, once that is known
         self._failures = recorder.failures  # that were not its own
@@ -225,22 +227,21 @@ class _Writer:
         self._over = threading.Event()
         self._group_bytes = self._largest_group = 0
 
-    def on_data(self, pad: Any, info: Any) -> Any:
-        kinds = self._gst.PadProbeReturn
+    def on_data(self, buffer: Any, event: Any) -> bool:
+        """See what comes to be written; whether it is."""
         try:
-            if not info.type & self._gst.PadProbeType.BUFFER:
-                event = info.get_event()
+            if buffer is None:
                 if event.type == self._gst.EventType.CAPS and not self._media:
                     self._media = event.parse_caps().get_structure(0).get_name()
-                    self._build(pad.get_parent_element())
-                return kinds.OK
-            if self._failures != self._recorder.failures and not self._renewed(pad):
-                return kinds.DROP
-            self._passed = self._wanted(info.get_buffer()) or self._passed
-            return kinds.DROP if self._broken else kinds.OK
+                    self._build(self._entry())
+                return True
+            if self._failures != self._recorder.failures and not self._renewed():
+                return False
+            self._passed = self._wanted(buffer.whole) or self._passed
+            return not self._broken
         except (OSError, KeepsightError) as error:  # of the folder: it was deleted, or can't be read
             self._recorder._failed(str(error))
-            return kinds.DROP
+            return False
 
     def on_message(self, bus: Any, message: Any) -> None:
         """Hear that all has been written."""
@@ -259,13 +260,13 @@ class _Writer:
         Errand(lambda: side.get_static_pad("sink").send_event(self._gst.Event.new_eos()))
         self._over.wait(_FINISH_S)
 
-    def _renewed(self, pad: Any) -> bool:
+    def _renewed(self) -> bool:
         """After a failure: put new elements in the place of those that failed, if it is time to."""
         if time.monotonic() < self._recorder._retry_at:
             return False
         self._recorder._retry_s = min(2 * self._recorder._retry_s, _LONGEST_RETRY_S)
         self._failures, self._broken, self._passed = self._recorder.failures, True, False
-        entry = pad.get_parent_element()
+        entry = self._entry()
         for name in (_PARSER, _SPLITTER):  # this is their own streaming thread: nothing comes while they are taken away
             element = entry.get_parent().get_by_name(name)
             if element is not None:

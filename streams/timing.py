@@ -7,11 +7,13 @@ by presentation time, since a decoder may hand pictures out in another order tha
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 from keepsight.streams.gst import load_gst
+from keepsight.streams.padprobes import add_probe
 from keepsight.streams.pipelines import FRAMES, TAP
 
 __all__ = ["PictureTimes", "PipelineTiming"]
@@ -112,21 +114,21 @@ class PipelineTiming:
         self.attached = True
         gst = load_gst()
         tap, sink = pipeline.get_by_name(TAP), pipeline.get_by_name(FRAMES)
-        _on_buffers(gst, tap.get_static_pad("sink"), self._decoded.note)
+        _on_buffers(tap.get_static_pad("sink"), self._decoded.note)
         if tap.get_factory().get_name() == "queue":  # a thread of its own scales
-            _on_buffers(gst, tap.get_static_pad("src"), self._scaling.note)
-            _on_buffers(gst, sink.get_static_pad("sink"), self._scaled.note)
+            _on_buffers(tap.get_static_pad("src"), self._scaling.note)
+            _on_buffers(sink.get_static_pad("sink"), self._scaled.note)
         else:
             self._scaling = self._decoded
             self._room = 0 if sink.get_property("drop") else sink.get_property("max-buffers")
-            _on_buffers(gst, sink.get_static_pad("sink"), self._arrives)
+            _on_buffers(sink.get_static_pad("sink"), self._arrives)
         elements = pipeline.iterate_recurse()
         while True:
             result, element = elements.next()
             if result != gst.IteratorResult.OK:
                 break
-            self._watch_decoder(gst, element)
-        pipeline.connect("deep-element-added", lambda _pipeline, _bin, element: self._watch_decoder(gst, element))
+            self._watch_decoder(element)
+        pipeline.connect("deep-element-added", lambda _pipeline, _bin, element: self._watch_decoder(element))
 
     def taken(self, pts: int | None, taken: float, copied: float, done: float) -> None:
         """The reader has a picture: it took, copied, and finished it at these moments."""
@@ -175,7 +177,7 @@ class PipelineTiming:
         index = take - (self._read - len(self._takes))
         return self._takes[index] if self._room and take >= 0 and 0 <= index < len(self._takes) else 0.0
 
-    def _watch_decoder(self, gst: Any, element: Any) -> None:
+    def _watch_decoder(self, element: Any) -> None:
         factory = element.get_factory()
         kind = "" if factory is None else factory.get_metadata("klass")
         if "Decoder" not in kind or not ("Video" in kind or "Image" in kind):
@@ -184,13 +186,13 @@ class PipelineTiming:
         if pad is not None:
             self.decodes = True
             # Of a decoder within a decoder, the outer one's moment counts.
-            _on_buffers(gst, pad, lambda pts, now: self._entered.note(pts, now, first=True))
+            _on_buffers(pad, lambda pts, now: self._entered.note(pts, now, first=True))
 
 
-def _on_buffers(gst: Any, pad: Any, note: Any) -> None:
-    def on_buffer(_pad: Any, info: Any) -> Any:
-        now = perf_counter()  # before the bindings take their time
-        note(info.get_buffer().pts, now)
-        return gst.PadProbeReturn.OK
+def _on_buffers(pad: Any, note: Callable[[int, float], None]) -> None:
+    def on_data(buffer: Any, _event: Any) -> bool:
+        if buffer is not None:
+            note(buffer.pts, perf_counter())
+        return True
 
-    pad.add_probe(gst.PadProbeType.BUFFER, on_buffer)
+    add_probe(pad, on_data)

@@ -18,6 +18,7 @@ from keepsight.streams.faults import fault_of, truncation_of
 from keepsight.streams.gst import launch, load_gst, require_elements, state_colorimetry
 from keepsight.streams.losses import DecoderWatch, Ledger
 from keepsight.streams.microphone import Microphone
+from keepsight.streams.padprobes import add_probe
 from keepsight.streams.pipelines import COLOURS, DECODER, FRAMES, ORIGIN, TAP, Piece, recipe_for
 from keepsight.streams.presence import check_presence
 from keepsight.streams.sampleline import TOLERANCE_S
@@ -114,7 +115,7 @@ class Tracks:
                 self._pipeline.get_by_name(TAP).set_property("max-size-buffers", _FRAMES_WAITING)
         if rate is not None:
             self._sinks["audio"] = self._sink(SAMPLES, _CHUNKS_WAITING)
-            _Marker(self._gst, self._pipeline.get_by_name(RESAMPLER).get_static_pad("sink"))
+            add_probe(self._pipeline.get_by_name(RESAMPLER).get_static_pad("sink"), _Marker().on_data)
         self._connect(plan)
         if self._pipeline.set_state(self._gst.State.PLAYING) == self._gst.StateChangeReturn.FAILURE:
             self._listen()
@@ -353,26 +354,30 @@ class _Marker:
     after a gap of some tens of milliseconds: drift and lost packets below that would shift all that follows.
     """
 
-    def __init__(self, gst: Any, pad: Any) -> None:
-        self._gst = gst
+    def __init__(self) -> None:
+        self._gst = load_gst()
         self._next_s: float | None = None
-        pad.add_probe(gst.PadProbeType.BUFFER, self._on_buffer)
+        self._bytes_per_s: int | None = None
 
-    def _on_buffer(self, pad: Any, info: Any) -> Any:
-        buffer = info.get_buffer()
-        caps = pad.get_current_caps()
-        if caps is None or buffer.pts == self._gst.CLOCK_TIME_NONE:
-            return self._gst.PadProbeReturn.OK
+    def on_data(self, buffer: Any, event: Any) -> bool:
+        """See what comes to the resampler; all of it passes on."""
+        if buffer is not None:
+            self._see(buffer.whole)
+        elif event.type == self._gst.EventType.CAPS:
+            sound = event.parse_caps().get_structure(0)
+            self._bytes_per_s = 4 * sound.get_int("channels")[1] * sound.get_int("rate")[1]
+        return True
+
+    def _see(self, buffer: Any) -> None:
+        if self._bytes_per_s is None or buffer.pts == self._gst.CLOCK_TIME_NONE:
+            return
         begin_s = buffer.pts / self._gst.SECOND
         marked = bool(buffer.get_flags() & self._gst.BufferFlags.DISCONT)
         off = self._next_s is None or abs(begin_s - self._next_s) > TOLERANCE_S
         if off and not marked:
             buffer.set_flags(self._gst.BufferFlags.DISCONT)
-        structure = caps.get_structure(0)
-        frame_bytes = 4 * structure.get_int("channels")[1]
         origin = begin_s if off or marked or self._next_s is None else self._next_s
-        self._next_s = origin + buffer.get_size() / frame_bytes / structure.get_int("rate")[1]
-        return self._gst.PadProbeReturn.OK
+        self._next_s = origin + buffer.get_size() / self._bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)

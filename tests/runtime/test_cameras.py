@@ -33,6 +33,7 @@ from keepsight.runtime.session import Session
 from keepsight.runtime.side import beside_each
 from keepsight.runtime.snapshot import Snapshot
 from keepsight.streams import Frame, LiveSource
+from keepsight.streams.capture import Arrivals
 from keepsight.streams.errors import EngineError, KeepsightError, NoFrameError, SourceNotFoundError, UsageError
 from keepsight.streams.events import Event, State
 from keepsight.streams.recorded import segments_in
@@ -125,6 +126,7 @@ class Script:
     """A camera that shows given frames, each when the one before has been taken; then nothing."""
 
     state: State = "live"
+    arrivals: Arrivals | None = None
 
     def __init__(self, frames: Sequence[Frame] = ()) -> None:
         self.events: list[Event] = []

@@ -11,7 +11,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -27,6 +29,7 @@ from typer.testing import CliRunner
 from keepsight.runtime import governor as governor_module
 from keepsight.runtime import sensors
 from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.cameras import CameraWatcher
 from keepsight.runtime.cli import app
 from keepsight.runtime.governor import CAUSES, Cause, Governor, Limits, Pressure, Step, Transition
 from keepsight.runtime.governor_live import CoreUse, LiveGovernor
@@ -36,9 +39,11 @@ from keepsight.runtime.sensors.reading import Reading, Temperature
 from keepsight.runtime.session import FrameCost, Session
 from keepsight.runtime.standing import Change
 from keepsight.streams import Frame
+from keepsight.streams.capture import Arrivals
 from keepsight.streams.errors import LLMError, UsageError
+from keepsight.streams.events import Event, State
 
-from ..random_bundle import make_bundle
+from ..random_bundle import make_bundle, random_frames
 
 STEPS = parse_steps("on")
 MB = 1 << 20
@@ -586,6 +591,45 @@ def test_cameras_that_share_an_encoder_are_late_together(session: Session, monke
         load = governor.load()
         assert load.frame_s == pytest.approx(0.4 * count * interval_s)
         assert ("backlog" in Gauge().pressure(Reading(0.0), load).over) == over
+
+
+class Feed:
+    """A camera of one frame, which is already so old when it is let go, with frames every 2 s; it has dropped some."""
+
+    state: State = "live"
+    arrivals = Arrivals(9, None, 2.0, None, None)
+
+    def __init__(self, age_s: float, dropped: int) -> None:
+        self.age_s, self.drops = age_s, Counter({"replaced": dropped})
+        self.events: list[Event] = []
+        self.let_go = threading.Event()
+
+    def latest(self, timeout_s: float | None = None) -> Frame | None:
+        if not self.let_go.wait(0.01):
+            return None
+        self.let_go.clear()
+        return Frame(random_frames(1, seed=0)[0], 0.0, time.monotonic() - self.age_s, 0)
+
+    def close(self) -> None: ...
+
+
+def test_of_several_cameras_age_drops_and_rate_are_seen(session: Session) -> None:
+    """The oldest frame counts, what all have dropped, and the rate of cameras that are slower than the bundle asks."""
+    sessions = {"door": session, "yard": session.beside()}
+    feeds = {"test://ball": Feed(0.2, 2), "test://snow": Feed(7.0, 3)}
+    uris = dict(zip(sessions, feeds, strict=True))
+    with CameraWatcher(sessions, uris, open_feed=lambda uri, **_: feeds[uri]) as watcher:
+        governor = LiveGovernor(list(sessions.values()), parse_steps("rate=1/2"), Script([HEALTHY]))
+        for feed in feeds.values():
+            feed.let_go.set()
+        watcher.wait(1, 30)
+        load = governor.load()
+        assert load.dropped == 5 and governor.load().dropped == 0
+        assert load.age_s is not None and 7.0 <= load.age_s < 60
+        assert load.interval_s == 2.0
+        assert "a frame was" in Gauge().pressure(Reading(0.0), load).over["backlog"]
+        feeds["test://snow"].drops["replaced"] += 4
+        assert governor.load().dropped == 4
 
 
 def test_processes_that_take_the_cores_leave_one_thread_to_the_language_model(tiny: Session) -> None:

@@ -122,13 +122,13 @@ def test_a_small_gap_counts_only_if_the_stream_declares_it(
     class Late(tracks._Marker):  # 3 ms more from the 50th buffer of 10 ms on
         count = 0
 
-        def _on_buffer(self, pad: Any, info: Any) -> Any:
+        def _see(self, buffer: Any) -> None:
             self.count += 1
             if self.count >= 50:
-                info.get_buffer().pts += 3 * gst.MSECOND
+                buffer.pts += 3 * gst.MSECOND
             if self.count == 50 and declared:
-                info.get_buffer().set_flags(gst.BufferFlags.DISCONT)
-            return super()._on_buffer(pad, info)
+                buffer.set_flags(gst.BufferFlags.DISCONT)
+            super()._see(buffer)
 
     monkeypatch.setattr(tracks, "_Marker", Late)
     with Audio("test://ball?frames=60", pace="offline") as audio:

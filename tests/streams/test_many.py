@@ -15,6 +15,7 @@ import pytest
 
 from keepsight.streams import Frame, SourceNotFoundError, UsageError
 from keepsight.streams.backoff import Reconnect
+from keepsight.streams.capture import Arrivals
 from keepsight.streams.events import Event, State
 from keepsight.streams.many import Batch, Budget, Cameras, jain_index
 
@@ -28,6 +29,7 @@ class Always:
     """A camera that always has another frame: what is measured is the sharing, not this machine."""
 
     state: State = "live"
+    arrivals: Arrivals | None = None
 
     def __init__(self, uri: str, **_: Any) -> None:
         self.events: list[Event] = []
