@@ -20,7 +20,7 @@ from keepsight.export.dense import replay
 from keepsight.export.language import FrozenLanguageModel
 from keepsight.export.qformer import QFormer
 from keepsight.export.train import Curve
-from keepsight.runtime.scenes import ANSWERS
+from keepsight.runtime.evaluation.scenes import ANSWERS
 
 STEPS, RATE, RIDGE = 120, 2e-3, 0.1
 EXTRA = (0, 0, 0, 1, 1, 1)  # yes and no are most of the questions: more of each batch

@@ -18,8 +18,8 @@ from torch import Tensor
 from keepsight.export.language import FrozenLanguageModel
 from keepsight.export.questions import QuestionSet
 from keepsight.export.train import Curve
-from keepsight.runtime import easyvqa
-from keepsight.runtime.scenes import ANSWERS, PAST_KINDS, past_question
+from keepsight.runtime.evaluation import easyvqa
+from keepsight.runtime.evaluation.scenes import ANSWERS, PAST_KINDS, past_question
 
 RATE = 4e-3
 PLAIN_STEPS, MIXED_STEPS = 76, 44

@@ -16,7 +16,7 @@ from keepsight.export.dense import Banks
 from keepsight.export.pools import Pools
 from keepsight.export.questions import QuestionSet, TextBatch
 from keepsight.export.streamset import Basis, labels_until
-from keepsight.runtime.scenes import Label, StreamQuestion
+from keepsight.runtime.evaluation.scenes import Label, StreamQuestion
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from keepsight.export.bench_macs import ceiling, fast_macs, naive_macs, vision_m
 from keepsight.export.bench_naive import NaiveLoop, Seen, linear_rates
 from keepsight.export.graphs import GRAPHS
 from keepsight.export.qformer import QFormer, QFormerConfig
-from keepsight.runtime.backends import Engines, open_engines
 from keepsight.runtime.bank import Bank
 from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.graphs.backends import Engines, open_engines
 from keepsight.runtime.memory import MemoryBank, Rider
 from keepsight.runtime.qformer import QFormer as DeployedQFormer
 from keepsight.runtime.qformer import SoftPrompt, StandingQuestion

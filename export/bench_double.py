@@ -16,9 +16,9 @@ import torch
 from keepsight.export.bench_bundle import Case
 from keepsight.export.graphs import GRAPHS, example_inputs
 from keepsight.export.qformer import QFormer
-from keepsight.runtime.backends import Engines
 from keepsight.runtime.bank import Bank
-from keepsight.runtime.engine import Array, Tensor, TensorSpec
+from keepsight.runtime.graphs.backends import Engines
+from keepsight.runtime.graphs.engine import Array, Tensor, TensorSpec
 from keepsight.runtime.memory import MemoryBank, Rider
 from keepsight.runtime.qformer import QFormer as DeployedQFormer
 from keepsight.runtime.qformer import StandingQuestion
@@ -27,7 +27,7 @@ __all__ = ["TorchEngine", "double_path"]
 
 
 class TorchEngine:
-    """A graph's module behind the protocol of an engine; see :class:`~keepsight.runtime.engine.Engine`."""
+    """A graph's module behind the protocol of an engine; see :class:`~keepsight.runtime.graphs.engine.Engine`."""
 
     def __init__(self, name: str, qformer: QFormer) -> None:
         graph, self._outputs = GRAPHS[name]

@@ -17,7 +17,7 @@ from keepsight.export.onnxfile import round_to_half
 from keepsight.export.qformer import QFormer
 from keepsight.export.streamset import Basis
 from keepsight.export.weights import store_weights
-from keepsight.runtime.device_bank import MEMORY
+from keepsight.runtime.graphs.device_bank import MEMORY
 from keepsight.runtime.manifest import (
     Decoding,
     Dims,

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from keepsight.export.checkpoints import Checkpoint
     from keepsight.export.convert import Conversion
     from keepsight.export.merges import Agreement
-    from keepsight.runtime.backends import Engines
     from keepsight.runtime.bundle import Bundle
-    from keepsight.runtime.parity import PixelParity, Report
+    from keepsight.runtime.evaluation.parity import PixelParity, Report
+    from keepsight.runtime.graphs.backends import Engines
 
 QUESTIONS = (
     "what is the color of the shape?",
@@ -202,9 +202,9 @@ def verify(
     On another backend than the CPU, and without --against, its engines are compared with its ONNX files.
     """
     from keepsight.export.asked_questions import refuse_blank
-    from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle
-    from keepsight.runtime.parity import write_report
+    from keepsight.runtime.evaluation.parity import write_report
+    from keepsight.runtime.graphs.backends import open_engines
 
     # Hashes are not checked here: the question is what the files compute.
     _check_pixels(pixels, against, clip, backend)
@@ -266,7 +266,7 @@ def _against_onnx(
     bundle: Bundle, engines: Engines, backend: str, clip: str | None, frames: int | None, question: str
 ) -> Report:
     """Without PyTorch: this runs on the board."""
-    from keepsight.runtime.engine_check import check_engines
+    from keepsight.runtime.graphs.engine_check import check_engines
     from keepsight.streams import Frame
 
     pictures, name = _pictures(bundle, clip, frames)
@@ -288,7 +288,7 @@ def _pictures(bundle: Bundle, clip: str | None, frames: int | None) -> tuple[NDA
 
 def _against_trace(bundle: Bundle, engines: Engines, path: Path, clip: str | None) -> Report:
     """Without PyTorch: this runs on the board."""
-    from keepsight.runtime.trace_check import check_trace, read_trace
+    from keepsight.runtime.evaluation.trace_check import check_trace, read_trace
 
     trace = read_trace(path)
     if clip is None:

@@ -24,9 +24,9 @@ from keepsight.export.qformer import QFormer, QFormerConfig
 from keepsight.export.streamed import export_streamed
 from keepsight.export.weights import store_weights
 from keepsight.export.wordpiece import text_tokenizer, write_text_tokenizer
-from keepsight.runtime.device_bank import MEMORY
-from keepsight.runtime.gguf_cache import QUANTISATIONS, quantise
-from keepsight.runtime.gguf_rows import find_matrix
+from keepsight.runtime.graphs.device_bank import MEMORY
+from keepsight.runtime.language.gguf_cache import QUANTISATIONS, quantise
+from keepsight.runtime.language.gguf_rows import find_matrix
 from keepsight.runtime.manifest import (
     MANIFEST,
     CurrentInfo,

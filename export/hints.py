@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from keepsight.runtime.easyvqa import COLORS, SHAPES
-from keepsight.runtime.scenes import KINDS, Label, StreamQuestion
+from keepsight.runtime.evaluation.easyvqa import COLORS, SHAPES
+from keepsight.runtime.evaluation.scenes import KINDS, Label, StreamQuestion
 
 UNKNOWN = -100
 HINTED_HEADS = 2

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keepsight.runtime.onnx_weights import external_files
+from keepsight.runtime.graphs.onnx_weights import external_files
 
 __all__ = ["quantize_int8", "quiet"]
 

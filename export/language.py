@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from keepsight.runtime.llm import LLM, Embeds, Special, Text, Tokens, render
-from keepsight.runtime.scenes import ANSWERS
+from keepsight.runtime.evaluation.scenes import ANSWERS
+from keepsight.runtime.language.llm import LLM, Embeds, Special, Text, Tokens, render
 
 IGNORED = -100
 

@@ -76,7 +76,7 @@ def check_gguf(gguf: Path, source: LanguageSource, *, tokens: int = 24, seed: in
         CheckpointError: the cosine of the logits is not above `LEAST_COSINE`.
         LLMError: llama.cpp can't load the file.
     """
-    from keepsight.runtime.llm import LLM, Tokens
+    from keepsight.runtime.language.llm import LLM, Tokens
 
     ids = np.random.default_rng(seed).integers(3, source.config.vocab, tokens).tolist()
     wanted = logits(source, ids).numpy()

@@ -15,8 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from keepsight.runtime.engine import OnnxRuntimeEngine
-from keepsight.runtime.parity import ChangedWeight, Located, difference
+from keepsight.runtime.evaluation.parity import ChangedWeight, Located, difference
+from keepsight.runtime.graphs.engine import OnnxRuntimeEngine
 
 __all__ = ["changed_weights", "first_difference"]
 

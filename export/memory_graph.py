@@ -4,8 +4,8 @@ It does what :class:`~keepsight.runtime.memory.MemoryBank` does for one frame (M
 merge that is due, then the frame enters. Shapes are static, operators are those of opset 17 that TensorRT 10.3 has: one row of
 each tensor is gathered by index, and written by a mask over the slots. No ScatterND, no If, no double.
 
-The host keeps order, sizes and times (`runtime/device_bank.py`) and gives them with each frame, some kilobytes; what comes back
-to it is which pair each token merged. Similarities and norms are kept by slot and stay on the device with the features.
+The host keeps order, sizes and times (`runtime/graphs/device_bank.py`) and gives them with each frame, some kilobytes; what comes
+back to it is which pair each token merged. Similarities and norms are kept by slot and stay on the device with the features.
 
 Cost. A graph is a function: it reads the whole bank and writes another one, where the host's algorithm moves five rows a token.
 At MA-LMM's size (N=257, C=1408, six cross-attention layers, H=768, M=20) that is 229 MB read and 229 MB written in float32, so
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from keepsight.export.onnxfile import OPSET
-from keepsight.runtime.device_bank import FREED, NOWHERE, OWN_CHOICE, VISUAL_RIDERS
+from keepsight.runtime.graphs.device_bank import FREED, NOWHERE, OWN_CHOICE, VISUAL_RIDERS
 from keepsight.runtime.manifest import Dims
 from keepsight.runtime.memory import COSINE_EPS, Rider
 

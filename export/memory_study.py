@@ -22,15 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepsight.export.glitches import CONDITIONS, Shot, View, see_through
-from keepsight.runtime import easyvqa
-from keepsight.runtime.backends import open_engines
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.datasets import Question, picture_pixels, stream_questions
-from keepsight.runtime.gate import flat
-from keepsight.runtime.llm import render as render_prompt
+from keepsight.runtime.evaluation import easyvqa
+from keepsight.runtime.evaluation.datasets import Question, picture_pixels, stream_questions
+from keepsight.runtime.evaluation.scenes import Camera, Scene, expose, frame_count, plan_scenes
+from keepsight.runtime.graphs.backends import open_engines
+from keepsight.runtime.language.llm import render as render_prompt
+from keepsight.runtime.live.gate import flat
 from keepsight.runtime.memory import MemoryBank, Policy
 from keepsight.runtime.qformer import Prompt, QFormer, SoftPrompt, StandingQuestion
-from keepsight.runtime.scenes import Camera, Scene, expose, frame_count, plan_scenes
 from keepsight.runtime.session import load_llm
 from keepsight.streams.errors import BundleError, UsageError
 

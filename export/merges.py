@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.parity import difference
+from keepsight.runtime.evaluation.parity import difference
 from keepsight.runtime.qformer import QFormer, StandingQuestion
 
 __all__ = ["Agreement", "compare_memories"]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from keepsight.export.verify import greedy_answer
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.parity import PixelParity
+from keepsight.runtime.evaluation.parity import PixelParity
 from keepsight.runtime.qformer import QFormer
 from keepsight.runtime.session import load_llm
 from keepsight.streams import Source

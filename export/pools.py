@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import Progress
 
-from keepsight.runtime import easyvqa
-from keepsight.runtime.easyvqa import Picture
-from keepsight.runtime.scenes import Scene, render
+from keepsight.runtime.evaluation import easyvqa
+from keepsight.runtime.evaluation.easyvqa import Picture
+from keepsight.runtime.evaluation.scenes import Scene, render
 
 IMAGE_SIZE = 224
 TOKENS, CHANNELS = 49, 1280

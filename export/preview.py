@@ -24,9 +24,9 @@ from keepsight.export.memory_graph import MEMORY_FILE, memory_graph_bytes
 from keepsight.export.wordpiece import text_tokenizer
 from keepsight.runtime.boards import Board, boards
 from keepsight.runtime.footprint import Fit, Footprint, LanguageShape, banks, engines, fit, language, program
-from keepsight.runtime.gguf_cache import QUANTISATIONS
-from keepsight.runtime.gguf_rows import matrix_shapes
-from keepsight.runtime.gguf_sizes import file_bytes
+from keepsight.runtime.language.gguf_cache import QUANTISATIONS
+from keepsight.runtime.language.gguf_rows import matrix_shapes
+from keepsight.runtime.language.gguf_sizes import file_bytes
 from keepsight.runtime.manifest import MANIFEST, Cost, CurrentInfo, LLMInfo, Manifest, TableInfo, manifest_text
 from keepsight.runtime.planning.costs import total_bytes
 from keepsight.runtime.planning.shapes import QFormerShape, qformer_costs, vision_cost

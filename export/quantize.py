@@ -31,9 +31,9 @@ from keepsight.export.int8 import quantize_int8
 from keepsight.export.merges import Agreement, compare_memories
 from keepsight.export.modelopt import modelopt_version, quantize_with_modelopt
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.engine import OnnxRuntimeEngine
+from keepsight.runtime.graphs.engine import OnnxRuntimeEngine
+from keepsight.runtime.graphs.onnx_weights import external_files
 from keepsight.runtime.manifest import Manifest, write_manifest
-from keepsight.runtime.onnx_weights import external_files
 from keepsight.streams.errors import ParityError, UsageError
 
 __all__ = ["LEAST_COSINE", "Quantized", "Tool", "Variant", "quantize_vision"]

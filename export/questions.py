@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from keepsight.runtime import easyvqa
-from keepsight.runtime.scenes import ANSWERS, PAST_KINDS, Label, StreamQuestion, past_question
+from keepsight.runtime.evaluation import easyvqa
+from keepsight.runtime.evaluation.scenes import ANSWERS, PAST_KINDS, Label, StreamQuestion, past_question
 
 ANSWER_IDS = {answer: index for index, answer in enumerate(ANSWERS)}
 # What is hard to learn is asked more often; "first" and "previous" are learnt within minutes.

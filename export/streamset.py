@@ -22,9 +22,9 @@ from rich.progress import Progress
 from threadpoolctl import threadpool_limits
 
 from keepsight.export.pools import CHANNELS, SUCCESSORS, TOKENS, Pools
+from keepsight.runtime.evaluation.scenes import FADE_SHARE, HOLD_FRAMES, plan_scenes
 from keepsight.runtime.memory import MemoryBank, Policy, Rider
 from keepsight.runtime.positions import OrderPositions
-from keepsight.runtime.scenes import FADE_SHARE, HOLD_FRAMES, plan_scenes
 
 BASIS = 256
 MAX_SCENES = 24

@@ -22,8 +22,8 @@ from keepsight.export.train import Stage, Trainer, plot_curve
 from keepsight.export.vision import export_vision
 from keepsight.export.vocabulary import build_tokenizer
 from keepsight.runtime.bundle import Bundle, find_packaged
-from keepsight.runtime.gguf_cache import requantised
-from keepsight.runtime.llm import LLM
+from keepsight.runtime.language.gguf_cache import requantised
+from keepsight.runtime.language.llm import LLM
 from keepsight.runtime.memory import Policy
 
 MEMORY_LENGTH = 10

@@ -24,7 +24,7 @@ from keepsight.export.batches import Batch
 from keepsight.export.dense import replay
 from keepsight.export.hints import Hints, HintTargets, Watched, hint_targets
 from keepsight.export.qformer import QFormer
-from keepsight.runtime.scenes import ANSWERS
+from keepsight.runtime.evaluation.scenes import ANSWERS
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,8 @@ from keepsight.export.qformer import QFormer
 from keepsight.export.streamed import export_streamed
 from keepsight.export.vision import export_vision, pretrained_vision
 from keepsight.export.weights import INDEX, load_qformer
-from keepsight.runtime.backends import Engines, open_engines
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.llm import LLM, Segment, render
-from keepsight.runtime.manifest import TableInfo
-from keepsight.runtime.parity import (
+from keepsight.runtime.evaluation.parity import (
     GRAPH_LIMITS,
     PROMPT_LIMITS,
     Drift,
@@ -43,11 +40,14 @@ from keepsight.runtime.parity import (
     difference,
     marks,
 )
+from keepsight.runtime.graphs.backends import Engines, open_engines
+from keepsight.runtime.graphs.tap import Tap
+from keepsight.runtime.language.llm import LLM, Segment, render
+from keepsight.runtime.manifest import TableInfo
 from keepsight.runtime.position_table import position_table
 from keepsight.runtime.qformer import QFormer as DeployedQFormer
 from keepsight.runtime.qformer import StandingQuestion
 from keepsight.runtime.session import load_llm
-from keepsight.runtime.tap import Tap
 from keepsight.streams.errors import CheckpointError, UsageError
 
 __all__ = ["Source", "greedy_answer", "source_of", "verify"]

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from keepsight.runtime.evidence import Evidence
-from keepsight.runtime.llm import Answer as Written
-from keepsight.runtime.llm import Generation
+from keepsight.runtime.language.llm import Answer as Written
+from keepsight.runtime.language.llm import Generation
 from keepsight.runtime.moments import Calendar
 from keepsight.runtime.timeline import Interval
 

@@ -45,9 +45,9 @@ from keepsight.runtime.options import (
 from keepsight.streams.errors import KeepsightError, UsageError
 
 if TYPE_CHECKING:
-    from keepsight.runtime.feature_history import FeatureHistory
     from keepsight.runtime.moments import TypedInterval
     from keepsight.runtime.session import Session
+    from keepsight.runtime.storage.feature_history import FeatureHistory
 
 INTERRUPTED = 130
 
@@ -112,12 +112,12 @@ def ask(
     A snapshot that `run --snapshot` saved is not watched but restored, and answers at once. Of a folder that `run --feature-log`
     writes, the exact memory of the interval is built again (without an interval: of all of it).
     """
-    from keepsight.runtime.feature_history import is_feature_log
-    from keepsight.runtime.keep import ask_saved
+    from keepsight.runtime.live.watch import watch_until
     from keepsight.runtime.moments import typed_interval
     from keepsight.runtime.show import show_answer
-    from keepsight.runtime.snapshot import Snapshot, is_snapshot
-    from keepsight.runtime.watch import watch_until
+    from keepsight.runtime.storage.feature_history import is_feature_log
+    from keepsight.runtime.storage.keep import ask_saved
+    from keepsight.runtime.storage.snapshot import Snapshot, is_snapshot
 
     question = _one_of(question, prompt)
     choices = None if options is None else _choices(options)
@@ -175,13 +175,13 @@ def show_memory(
 
     The picture of a feature log is that of the memory built from all of it.
     """
-    from keepsight.runtime.far_past import recall
-    from keepsight.runtime.feature_history import is_feature_log
-    from keepsight.runtime.history_report import show_history
+    from keepsight.runtime.live.watch import watch_until
     from keepsight.runtime.memory_picture import save_picture
     from keepsight.runtime.show import show_timeline
-    from keepsight.runtime.snapshot import Snapshot, is_snapshot
-    from keepsight.runtime.watch import watch_until
+    from keepsight.runtime.storage.far_past import recall
+    from keepsight.runtime.storage.feature_history import is_feature_log
+    from keepsight.runtime.storage.history_report import show_history
+    from keepsight.runtime.storage.snapshot import Snapshot, is_snapshot
 
     if is_feature_log(source):
         _refuse_for_log(key_frames=key_frames, memory=memory, gate=gate)
@@ -233,12 +233,12 @@ def run(
     With `--camera door=rtsp://... --camera yard=/dev/video1` each camera has a memory of its own, and a line for one begins with
     its name: `door: what is there?`. Snapshots, logs and recordings are then of each camera, in the folder that is named.
     """
-    from keepsight.runtime.cameras_run import converse_with_cameras, folders, kept_each, parse_cameras, sessions_for
-    from keepsight.runtime.governor_live import governed
-    from keepsight.runtime.governor_steps import parse_steps
-    from keepsight.runtime.keep import kept, parse_bytes
-    from keepsight.runtime.side import beside, beside_each
-    from keepsight.runtime.watch import converse
+    from keepsight.runtime.governor.live import governed
+    from keepsight.runtime.governor.steps import parse_steps
+    from keepsight.runtime.live.cameras_run import converse_with_cameras, folders, kept_each, parse_cameras, sessions_for
+    from keepsight.runtime.live.side import beside, beside_each
+    from keepsight.runtime.live.watch import converse
+    from keepsight.runtime.storage.keep import kept, parse_bytes
 
     budget = parse_bytes(log_bytes)
     parse_steps(governor)
@@ -291,9 +291,9 @@ def watch(
     as_json: JsonOption = False,
 ) -> None:
     """Carry questions along and print an answer whenever it changes; Ctrl-C leaves with a summary."""
-    from keepsight.runtime.governor_live import governed
-    from keepsight.runtime.governor_steps import parse_steps
-    from keepsight.runtime.side import beside
+    from keepsight.runtime.governor.live import governed
+    from keepsight.runtime.governor.steps import parse_steps
+    from keepsight.runtime.live.side import beside
     from keepsight.runtime.standing import StandingQuestions, follow_camera, follow_file, parse_question
 
     asked = [parse_question(spelling) for spelling in question]
@@ -348,8 +348,8 @@ def evaluate(
     from rich.console import Console
     from rich.progress import track
 
-    from keepsight.runtime import evaluate as scoring
-    from keepsight.runtime.datasets import open_dataset
+    from keepsight.runtime.evaluation import evaluate as scoring
+    from keepsight.runtime.evaluation.datasets import open_dataset
 
     if memory == "concat":
         _refuse_for_concat(None, mode)
@@ -382,9 +382,9 @@ def trace(
     threads: ThreadsOption = None,
 ) -> None:
     """Dump what the perception computed frame by frame: the golden file that a board is compared with."""
-    from keepsight.runtime import trace as recording
-    from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle
+    from keepsight.runtime.evaluation import trace as recording
+    from keepsight.runtime.graphs.backends import open_engines
     from keepsight.runtime.qformer import QFormer
 
     question = _one_of(question, prompt)
@@ -423,8 +423,8 @@ def build(
     target: Annotated[str | None, typer.Option(help="sm86, sm120, ...: a GPU that is not here, with TensorRT-RTX.")] = None,
 ) -> None:
     """Build the TensorRT engines of a bundle, on the machine that is to run them."""
-    from keepsight.runtime import tensorrt_build as building
     from keepsight.runtime.bundle import Bundle
+    from keepsight.runtime.graphs import tensorrt_build as building
 
     opened = Bundle.open(bundle)
     trt, aimed = building.tensorrt_for(target)
@@ -442,7 +442,7 @@ def _one_of(question: str | None, prompt: str | None) -> str:
 
 def _choices(options: str) -> tuple[str, ...]:
     """The answers between the commas, refused before a model is loaded if they make no sense."""
-    from keepsight.runtime.ranking import checked_options
+    from keepsight.runtime.language.ranking import checked_options
 
     return checked_options([option.strip() for option in options.split(",")])
 
@@ -490,7 +490,7 @@ def _refuse_for_concat(source: str | None, mode: ModeName) -> None:
 
 def _refuse_for_log(**options: object) -> None:
     """Refuse what a feature log does not have, before a model is loaded for it."""
-    from keepsight.runtime.far_past import refuse_options
+    from keepsight.runtime.storage.far_past import refuse_options
 
     refuse_options(options)
 
@@ -506,8 +506,8 @@ def _ask_log(
     score: ScoreName,
     as_json: bool,
 ) -> None:
-    from keepsight.runtime.far_past import ask_far_past, rank_far_past
     from keepsight.runtime.show import show_answer
+    from keepsight.runtime.storage.far_past import ask_far_past, rank_far_past
 
     if choices is None:
         show_answer(ask_far_past(session, history, question, typed, prompt=prompt), None, as_json=as_json)
@@ -518,7 +518,7 @@ def _ask_log(
 
 def _history(folder: str, bundle: str, variant: str | None) -> FeatureHistory:
     from keepsight.runtime.bundle import Bundle
-    from keepsight.runtime.feature_history import FeatureHistory
+    from keepsight.runtime.storage.feature_history import FeatureHistory
 
     return FeatureHistory(folder, Bundle.open(bundle, variant=variant))
 
@@ -534,9 +534,9 @@ def _session(
     *,
     llm: bool = True,
 ) -> Session:
-    from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle
-    from keepsight.runtime.gate import FrameGate
+    from keepsight.runtime.graphs.backends import open_engines
+    from keepsight.runtime.live.gate import FrameGate
     from keepsight.runtime.session import Session
 
     opened = Bundle.open(bundle, variant=variant)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.llm import LLM, Embeds, Segment, Special, Text, Tokens
+from keepsight.runtime.language.llm import LLM, Embeds, Segment, Special, Text, Tokens
 from keepsight.runtime.qformer import Prompt, QFormer, SoftPrompt, StandingQuestion
 from keepsight.streams.errors import UsageError
 

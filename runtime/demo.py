@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from keepsight.runtime import easyvqa
 from keepsight.runtime.answer import Answer
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.datasets import Question, stream_clip, stream_questions
-from keepsight.runtime.scenes import Scene, plan_scenes
+from keepsight.runtime.evaluation import easyvqa
+from keepsight.runtime.evaluation.datasets import Question, stream_clip, stream_questions
+from keepsight.runtime.evaluation.scenes import Scene, plan_scenes
 from keepsight.runtime.session import Session
 from keepsight.streams import Source
 

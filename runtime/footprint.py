@@ -14,9 +14,9 @@ from math import prod
 from typing import Literal
 
 from keepsight.runtime.boards import Board, process
-from keepsight.runtime.device_bank import MEMORY, VISUAL_RIDERS
+from keepsight.runtime.graphs.device_bank import MEMORY, VISUAL_RIDERS
+from keepsight.runtime.language.sequences import SEQUENCES
 from keepsight.runtime.manifest import Dims
-from keepsight.runtime.sequences import SEQUENCES
 from keepsight.streams.errors import LLMError
 
 __all__ = [

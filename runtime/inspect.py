@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.device_bank import MEMORY
+from keepsight.runtime.graphs.device_bank import MEMORY
 from keepsight.streams.errors import MissingModelError
 
 

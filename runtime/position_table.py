@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.engine import Tensor
+from keepsight.runtime.graphs.engine import Tensor
 from keepsight.runtime.manifest import Manifest, TableInfo
 from keepsight.streams.errors import BundleError, UsageError
 

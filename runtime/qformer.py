@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from keepsight.runtime.backends import Engines, open_engines
 from keepsight.runtime.bank import Bank
 from keepsight.runtime.bank_state import RIDER, rows_in_order
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.device_bank import DeviceMemoryBank, visual_bank
-from keepsight.runtime.engine import Tensor, check_finite
+from keepsight.runtime.graphs.backends import Engines, open_engines
+from keepsight.runtime.graphs.device_bank import DeviceMemoryBank, visual_bank
+from keepsight.runtime.graphs.engine import Tensor, check_finite
 from keepsight.runtime.memory import MemoryBank, Policy, Rider
 from keepsight.runtime.position_table import position_table
 from keepsight.runtime.positions import position_policy, ranks, step_mask

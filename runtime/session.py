@@ -18,27 +18,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keepsight.runtime.answer import NOTHING_REMEMBERED, Answer, AnswerStream, LatencyTrace, Mode
-from keepsight.runtime.backends import Engines
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.bundle_llm import load_llm
 from keepsight.runtime.concat import ConcatQuestion, frames_that_fit
-from keepsight.runtime.engine import Tensor
 from keepsight.runtime.evidence import Evidence, evidence_of, moments_of
-from keepsight.runtime.feature_history import FeatureHistory
-from keepsight.runtime.feature_log import FeatureLog
-from keepsight.runtime.gate import FrameGate
+from keepsight.runtime.graphs.backends import Engines
+from keepsight.runtime.graphs.engine import Tensor
 from keepsight.runtime.keyframes import KeyFrames
-from keepsight.runtime.llm import LLM, Score, Segment, render, verbatim
-from keepsight.runtime.llm import Answer as Written
-from keepsight.runtime.logged import logging_to, newest_of, remember_again
+from keepsight.runtime.language.bundle_llm import load_llm
+from keepsight.runtime.language.llm import LLM, Score, Segment, render, verbatim
+from keepsight.runtime.language.llm import Answer as Written
+from keepsight.runtime.language.ranking import Ranking, checked_options
+from keepsight.runtime.live.gate import FrameGate
+from keepsight.runtime.live.watcher import Watcher
 from keepsight.runtime.memory import Policy
 from keepsight.runtime.moments import Calendar
 from keepsight.runtime.qformer import Prompt, QFormer, SoftPrompt, StandingQuestion
-from keepsight.runtime.ranking import Ranking, checked_options
-from keepsight.runtime.resume import Resume
-from keepsight.runtime.snapshot import Array, Part, Question, SavedFrame, Snapshot, fingerprint
+from keepsight.runtime.storage.feature_history import FeatureHistory
+from keepsight.runtime.storage.feature_log import FeatureLog
+from keepsight.runtime.storage.logged import logging_to, newest_of, remember_again
+from keepsight.runtime.storage.resume import Resume
+from keepsight.runtime.storage.snapshot import Array, Part, Question, SavedFrame, Snapshot, fingerprint
 from keepsight.runtime.timeline import Clock, Interval, remembered, seen_within
-from keepsight.runtime.watcher import Watcher
 from keepsight.streams import Frame, LiveSource, Source
 from keepsight.streams.branches import Branch
 from keepsight.streams.errors import BundleError, EngineError, KeepsightError, UsageError

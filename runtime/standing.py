@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from keepsight.runtime.answer import Answer, LatencyTrace
-from keepsight.runtime.llm import Score
-from keepsight.runtime.ranking import Ranking, checked_options
+from keepsight.runtime.language.llm import Score
+from keepsight.runtime.language.ranking import Ranking, checked_options
+from keepsight.runtime.live.watch import Camera
 from keepsight.runtime.session import Session, Standing
-from keepsight.runtime.watch import Camera
 from keepsight.streams import Frame, Source
 from keepsight.streams.branches import Branch
 from keepsight.streams.errors import UsageError

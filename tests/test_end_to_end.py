@@ -14,8 +14,8 @@ import pytest
 
 from keepsight.runtime import Bundle, Session
 from keepsight.runtime.answer import Mode
-from keepsight.runtime.datasets import open_dataset
-from keepsight.runtime.evaluate import evaluate, summary
+from keepsight.runtime.evaluation.datasets import open_dataset
+from keepsight.runtime.evaluation.evaluate import evaluate, summary
 from keepsight.streams import write_video
 
 PICTURES_AT_LEAST = 0.95

@@ -59,7 +59,7 @@ def cuda() -> Answer:
 
 def tensorrt() -> Answer:
     """TensorRT's bindings and its libraries."""
-    from keepsight.runtime.tensorrt_module import import_tensorrt
+    from keepsight.runtime.graphs.tensorrt_module import import_tensorrt
 
     trt = import_tensorrt()
     trt.Builder(trt.Logger(trt.Logger.ERROR))  # the bindings load without a driver that fits; this does not

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.doctor.finding import Finding
 from keepsight.runtime.doctor.machine import Machine
-from keepsight.runtime.engine_store import Target, engine_folder, find_engine, read_engine_set
 from keepsight.runtime.footprint import Footprint, LanguageShape, banks, engines, language, program
-from keepsight.runtime.gguf_rows import matrix_shapes
-from keepsight.runtime.onnx_weights import weight_bytes
+from keepsight.runtime.graphs.engine_store import Target, engine_folder, find_engine, read_engine_set
+from keepsight.runtime.graphs.onnx_weights import weight_bytes
+from keepsight.runtime.language.gguf_rows import matrix_shapes
 from keepsight.runtime.sensors.meminfo import meminfo
 from keepsight.streams.errors import KeepsightError
 

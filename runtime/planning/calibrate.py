@@ -21,7 +21,7 @@ from keepsight.runtime.planning.models import PlannedModel, open_model
 from keepsight.runtime.planning.plan import Plan, Request, make_plan
 from keepsight.runtime.planning.roofline import BoardTarget, StageKind, Target
 from keepsight.runtime.profiling.report import Chain, Profile, Stage, read_profile
-from keepsight.runtime.snapshot import fingerprint
+from keepsight.runtime.storage.snapshot import fingerprint
 from keepsight.streams.errors import UsageError
 
 __all__ = ["Residual", "calibrated"]

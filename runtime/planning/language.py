@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keepsight.runtime.footprint import LanguageShape
-from keepsight.runtime.gguf_rows import matrix_bytes, matrix_shapes
-from keepsight.runtime.gguf_sizes import file_bytes, tensor_bytes, tensor_types
+from keepsight.runtime.language.gguf_rows import matrix_bytes, matrix_shapes
+from keepsight.runtime.language.gguf_sizes import file_bytes, tensor_bytes, tensor_types
 from keepsight.streams.errors import UsageError
 
 __all__ = ["LanguageModel", "LanguageWork", "language_model", "llama_shapes", "llama_work", "requantised"]

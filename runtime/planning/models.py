@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from keepsight.runtime.bundle import SHIPPED, Bundle
-from keepsight.runtime.device_bank import MEMORY
 from keepsight.runtime.footprint import LanguageShape
-from keepsight.runtime.gguf_sizes import file_bytes
+from keepsight.runtime.graphs.device_bank import MEMORY
+from keepsight.runtime.graphs.onnx_weights import weight_bytes
+from keepsight.runtime.language.gguf_sizes import file_bytes
 from keepsight.runtime.manifest import MANIFEST, Cost, Dims, OrderInfo
-from keepsight.runtime.onnx_weights import weight_bytes
 from keepsight.runtime.planning.costs import BYTES, Precision, cost_of, products
 from keepsight.runtime.planning.language import LanguageModel, language_model, llama_shapes, llama_work, requantised
 from keepsight.runtime.planning.shapes import QFormerShape, VisionShape, memory_cost, qformer_costs, vision_cost

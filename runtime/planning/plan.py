@@ -8,7 +8,6 @@ from math import prod
 from typing import Any
 
 from keepsight.runtime.boards import Board
-from keepsight.runtime.device_bank import MEMORY
 from keepsight.runtime.footprint import (
     DEFAULT_CONTEXT,
     Fit,
@@ -21,7 +20,8 @@ from keepsight.runtime.footprint import (
     language,
     program,
 )
-from keepsight.runtime.gguf_cache import QUANTISATIONS
+from keepsight.runtime.graphs.device_bank import MEMORY
+from keepsight.runtime.language.gguf_cache import QUANTISATIONS
 from keepsight.runtime.planning.costs import Precision
 from keepsight.runtime.planning.hardware import hardware, modes
 from keepsight.runtime.planning.models import PlannedModel

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from keepsight.runtime.device_bank import MEMORY
+from keepsight.runtime.graphs.device_bank import MEMORY
 from keepsight.runtime.manifest import Cost, Dims, Work
 from keepsight.runtime.planning.costs import Product
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from keepsight.runtime.gguf_cache import default_cache_dir
+from keepsight.runtime.language.gguf_cache import default_cache_dir
 from keepsight.runtime.manifest import Cost, Work
 from keepsight.runtime.planning.costs import Precision, Product, products, total_bytes
 from keepsight.runtime.planning.language import LanguageWork

@@ -9,10 +9,10 @@ from itertools import count, islice
 from statistics import median
 from time import perf_counter
 
-from keepsight.runtime.llm import LLM
+from keepsight.runtime.language.llm import LLM
+from keepsight.runtime.language.segments import Text
 from keepsight.runtime.profiling.load import Loaded
 from keepsight.runtime.profiling.report import Contention
-from keepsight.runtime.segments import Text
 from keepsight.runtime.session import Session
 from keepsight.streams import Frame
 from keepsight.streams.errors import UsageError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from keepsight.runtime.cuda import DeviceEvent, DeviceStream
+from keepsight.runtime.graphs.cuda import DeviceEvent, DeviceStream
 
 __all__ = ["DeviceClock"]
 

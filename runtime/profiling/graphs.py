@@ -8,11 +8,11 @@ from time import perf_counter
 
 import numpy as np
 
-from keepsight.runtime.backends import Engines
-from keepsight.runtime.device_bank import MEMORY
-from keepsight.runtime.engine import Array, Engine, Tensor, TensorSpec
+from keepsight.runtime.graphs.backends import Engines
+from keepsight.runtime.graphs.device_bank import MEMORY
+from keepsight.runtime.graphs.engine import Array, Engine, Tensor, TensorSpec
+from keepsight.runtime.graphs.tensorrt_engine import TensorRTEngine
 from keepsight.runtime.profiling.device_clock import DeviceClock
-from keepsight.runtime.tensorrt_engine import TensorRTEngine
 
 __all__ = ["DEVICE", "GraphTimes", "TimedEngine", "timed"]
 

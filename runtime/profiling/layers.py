@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from itertools import islice
 from statistics import median
 
+from keepsight.runtime.graphs.tensorrt_engine import TensorRTEngine
+from keepsight.runtime.graphs.tensorrt_layers import layer_origins, layers_timed
 from keepsight.runtime.profiling.load import Loaded
 from keepsight.runtime.profiling.questions import WARM_UP
 from keepsight.runtime.profiling.report import Layer
-from keepsight.runtime.tensorrt_engine import TensorRTEngine
-from keepsight.runtime.tensorrt_layers import layer_origins, layers_timed
 
 __all__ = ["block_of", "layer_times"]
 

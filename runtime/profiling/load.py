@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 from keepsight.runtime.profiling.report import Phase
 
 if TYPE_CHECKING:
-    from keepsight.runtime.backends import Engines
     from keepsight.runtime.bundle import Bundle
-    from keepsight.runtime.llm import LLM
+    from keepsight.runtime.graphs.backends import Engines
+    from keepsight.runtime.language.llm import LLM
     from keepsight.runtime.memory import Policy
     from keepsight.runtime.profiling.graphs import GraphTimes
     from keepsight.runtime.session import Session
@@ -91,9 +91,9 @@ def load(setup: Setup, *, clocks: bool = True) -> Loaded:
         KeepsightError: a part can't be opened.
     """
     step = _Steps()
-    from keepsight.runtime.backends import open_engines
     from keepsight.runtime.bundle import Bundle
-    from keepsight.runtime.bundle_llm import load_llm
+    from keepsight.runtime.graphs.backends import open_engines
+    from keepsight.runtime.language.bundle_llm import load_llm
     from keepsight.runtime.profiling.graphs import GraphTimes, timed
     from keepsight.runtime.session import Session
     from keepsight.streams.gst import load_gst

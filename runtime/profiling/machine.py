@@ -7,7 +7,7 @@ import platform
 import sys
 from pathlib import Path
 
-from keepsight.runtime.gpu import this_gpu
+from keepsight.runtime.graphs.gpu import this_gpu
 from keepsight.runtime.profiling.report import Machine
 from keepsight.runtime.profiling.sampler import SensorReader
 from keepsight.runtime.sensors.board import identity

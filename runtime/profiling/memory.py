@@ -6,15 +6,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-from keepsight.runtime.engine import Engine, OnnxRuntimeEngine
 from keepsight.runtime.footprint import LanguageShape, key_value_bytes
-from keepsight.runtime.gguf_rows import matrix_shapes
-from keepsight.runtime.llm import LLM
-from keepsight.runtime.onnx_weights import weight_bytes
+from keepsight.runtime.graphs.engine import Engine, OnnxRuntimeEngine
+from keepsight.runtime.graphs.onnx_weights import weight_bytes
+from keepsight.runtime.graphs.tensorrt_engine import TensorRTEngine
+from keepsight.runtime.language.gguf_rows import matrix_shapes
+from keepsight.runtime.language.llm import LLM
 from keepsight.runtime.profiling.load import Loaded
 from keepsight.runtime.profiling.report import MemoryUse, Moment
 from keepsight.runtime.session import Standing
-from keepsight.runtime.tensorrt_engine import TensorRTEngine
 from keepsight.streams.errors import LLMError
 
 __all__ = ["components", "peak_resident", "process_use", "resident", "system_use"]

@@ -82,9 +82,9 @@ def shipped_clip(folder: Path, *, fps: float, size: int = CLIP_SIZE) -> tuple[Pa
     Raises:
         MissingComponentError: the pictures, `easy-vqa`, are not installed.
     """
-    from keepsight.runtime import easyvqa
-    from keepsight.runtime.datasets import stream_clip, stream_questions
-    from keepsight.runtime.scenes import plan_scenes
+    from keepsight.runtime.evaluation import easyvqa
+    from keepsight.runtime.evaluation.datasets import stream_clip, stream_questions
+    from keepsight.runtime.evaluation.scenes import plan_scenes
 
     rng = np.random.default_rng(_SEED)
     scenes = plan_scenes(easyvqa.pictures("test"), _SCENES, rng)

@@ -205,7 +205,7 @@ def _measure(options: Options, loaded: Loaded, address: str, questions: tuple[Pu
 def _head(options: Options, loaded: Loaded, sensors: SensorReader) -> dict[str, object]:
     """What a report says of the bundle and the machine."""
     from keepsight.runtime.profiling.machine import this_machine
-    from keepsight.runtime.snapshot import fingerprint
+    from keepsight.runtime.storage.snapshot import fingerprint
 
     manifest, setup = loaded.bundle.manifest, options.setup
     machine = this_machine(sensors, gpu=setup.backend != "cpu")

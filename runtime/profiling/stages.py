@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from keepsight.runtime.answer import Answer
-from keepsight.runtime.llm import Answer as Written
-from keepsight.runtime.llm import Perf
+from keepsight.runtime.language.llm import Answer as Written
+from keepsight.runtime.language.llm import Perf
 from keepsight.runtime.profiling.graphs import DEVICE
 from keepsight.runtime.profiling.report import FRAME_STAGES, QUESTION_STAGES, Chain, Stage, Statistics
 from keepsight.runtime.session import FrameCost

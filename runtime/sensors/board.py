@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from keepsight.runtime.gpu import jetson_linux
+from keepsight.runtime.graphs.gpu import jetson_linux
 from keepsight.runtime.sensors.meminfo import meminfo
 from keepsight.runtime.sensors.sysfs import text
 

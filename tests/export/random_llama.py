@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from keepsight.runtime.llm import LLM, Tokens
+from keepsight.runtime.language.llm import LLM, Tokens
 
 IDS = [5, 99, 300, 7, 7, 41, 260, 12]
 

@@ -26,8 +26,8 @@ from keepsight.export.bench_naive import LINEARS, NaiveLoop
 from keepsight.export.eva import EvaConfig, EvaVision
 from keepsight.export.graphs import GRAPHS, example_inputs
 from keepsight.export.qformer import QFormer
-from keepsight.runtime.backends import open_engines
 from keepsight.runtime.cli import app
+from keepsight.runtime.graphs.backends import open_engines
 from keepsight.streams.errors import UsageError
 
 from ..random_bundle import random_qformer as wild_qformer

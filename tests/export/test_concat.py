@@ -17,7 +17,7 @@ from keepsight.export.convert import convert
 from keepsight.export.weights import load_qformer
 from keepsight.runtime import Bundle, Session
 from keepsight.runtime.cli import app
-from keepsight.runtime.llm import render
+from keepsight.runtime.language.llm import render
 from keepsight.streams import Frame
 from keepsight.streams.errors import LLMError, UsageError
 

@@ -18,9 +18,9 @@ from keepsight.export.eva import EvaConfig
 from keepsight.runtime import Session
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
-from keepsight.runtime.engine_store import find_engine
+from keepsight.runtime.graphs.engine_store import find_engine
+from keepsight.runtime.graphs.tensorrt_build import build_engines, target_of
 from keepsight.runtime.qformer import QFormer, StandingQuestion
-from keepsight.runtime.tensorrt_build import build_engines, target_of
 from keepsight.streams import Frame
 from keepsight.streams.errors import CheckpointError, ParityError, UsageError
 

@@ -21,7 +21,7 @@ from keepsight.export.onnxfile import export_onnx
 from keepsight.export.qformer import QFormerConfig
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
-from keepsight.runtime.device_bank import MEMORY
+from keepsight.runtime.graphs.device_bank import MEMORY
 from keepsight.runtime.manifest import Dims, read_manifest
 from keepsight.runtime.planning.costs import Product, cost_of, graph_bytes, product_flops, products, total_bytes
 from keepsight.runtime.planning.shapes import QFormerShape, VisionShape, memory_cost, qformer_costs, vision_cost

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from keepsight.export.fp8 import fp8_codes, fp8_operators, fp8_values, watch_inputs, write_fp8
-from keepsight.runtime.engine import OnnxRuntimeEngine
+from keepsight.runtime.graphs.engine import OnnxRuntimeEngine
 from keepsight.streams.errors import UsageError
 
 BATCH, WIDTH, OUT, CHANNELS, SIDE = 3, 32, 24, 20, 5

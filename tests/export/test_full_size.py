@@ -17,8 +17,8 @@ from keepsight.export.preview import preview
 from keepsight.export.qformer import QFormer, QFormerConfig
 from keepsight.export.tensorfiles import StoredTensor
 from keepsight.runtime.footprint import engines
-from keepsight.runtime.gguf_cache import QUANTISATIONS
-from keepsight.runtime.gguf_sizes import file_bytes
+from keepsight.runtime.language.gguf_cache import QUANTISATIONS
+from keepsight.runtime.language.gguf_sizes import file_bytes
 
 from ..runtime.test_gguf_sizes import MODELS, shapes_of
 from . import hf_models

@@ -20,7 +20,7 @@ from keepsight.export.qformer import QFormer, QFormerConfig
 from keepsight.export.streamset import Basis
 from keepsight.export.weights import WEIGHTS, load_qformer, store_weights
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.engine import OnnxRuntimeEngine
+from keepsight.runtime.graphs.engine import OnnxRuntimeEngine
 from keepsight.runtime.memory import MemoryBank
 from keepsight.runtime.positions import OrderPositions, ranks, step_mask
 from keepsight.streams.errors import BundleError

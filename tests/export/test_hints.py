@@ -12,8 +12,8 @@ from keepsight.export.batches import one_frame
 from keepsight.export.dense import Banks, replay
 from keepsight.export.hints import HINTED_HEADS, UNKNOWN, Hints, HintTargets, Watched, hint_targets, look
 from keepsight.export.qformer import QFormer, QFormerConfig
-from keepsight.runtime.easyvqa import COLORS, SHAPES
-from keepsight.runtime.scenes import KINDS, Label, StreamQuestion
+from keepsight.runtime.evaluation.easyvqa import COLORS, SHAPES
+from keepsight.runtime.evaluation.scenes import KINDS, Label, StreamQuestion
 
 CONFIG = QFormerConfig(
     hidden=16, layers=6, heads=4, ffn=32, channels=12, queries=8, vocab=9, max_text=8, n_embd=10, slots=3, time_buckets=4

@@ -11,9 +11,9 @@ import torch
 from keepsight.export.bundlewriter import CHATML, SMOLLM2
 from keepsight.export.language import FrozenLanguageModel
 from keepsight.runtime.bundle import find_packaged
-from keepsight.runtime.gguf_cache import requantised
-from keepsight.runtime.llm import LLM, render
-from keepsight.runtime.scenes import ANSWERS
+from keepsight.runtime.evaluation.scenes import ANSWERS
+from keepsight.runtime.language.gguf_cache import requantised
+from keepsight.runtime.language.llm import LLM, render
 
 QUESTION = "what color is the circle?"
 

@@ -12,7 +12,7 @@ import torch
 
 from keepsight.export.llama_gguf import LanguageSource, LlamaConfig, open_llama, write_gguf
 from keepsight.export.llama_reference import check_gguf, logits
-from keepsight.runtime.llm import LLM, Text
+from keepsight.runtime.language.llm import LLM, Text
 from keepsight.streams.errors import CheckpointError
 
 from .peak_memory import peak_mb

@@ -10,12 +10,12 @@ import pytest
 
 from keepsight.export.memory_graph import memory_graph, memory_graph_bytes, write_memory_graph
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.device_bank import OTHER_TURN
-from keepsight.runtime.engine import OnnxRuntimeEngine
+from keepsight.runtime.graphs.device_bank import OTHER_TURN
+from keepsight.runtime.graphs.engine import OnnxRuntimeEngine
+from keepsight.runtime.graphs.tensorrt_build import target_of
+from keepsight.runtime.graphs.tensorrt_network import build_plan, parse, profiles_of
 from keepsight.runtime.manifest import Dims
 from keepsight.runtime.memory import Rider
-from keepsight.runtime.tensorrt_build import target_of
-from keepsight.runtime.tensorrt_network import build_plan, parse, profiles_of
 
 MALMM = Dims(
     image_size=224, tokens=257, channels=1408, queries=32, hidden=768, layers=12, cross_layers=tuple(range(0, 12, 2)), heads=12,

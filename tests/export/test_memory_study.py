@@ -13,8 +13,8 @@ from keepsight.export.glitches import CONDITIONS, see_through
 from keepsight.export.memory_study import Encoded, Laboratory, Unit, majority, mcnemar, measure, paired, past, summary, wilson
 from keepsight.export.weights import INDEX, WEIGHTS, load_qformer
 from keepsight.runtime import Session
-from keepsight.runtime.datasets import open_dataset
-from keepsight.runtime.evaluate import evaluate
+from keepsight.runtime.evaluation.datasets import open_dataset
+from keepsight.runtime.evaluation.evaluate import evaluate
 from keepsight.runtime.manifest import write_manifest
 from keepsight.streams.errors import BundleError, UsageError
 

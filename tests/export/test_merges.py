@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from keepsight.export.merges import compare_memories
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.engine import OnnxRuntimeEngine
+from keepsight.runtime.graphs.engine import OnnxRuntimeEngine
 from keepsight.runtime.manifest import write_manifest
 from keepsight.runtime.memory import MemoryBank
 

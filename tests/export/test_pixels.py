@@ -22,7 +22,7 @@ from keepsight.export.convert import Conversion, convert
 from keepsight.export.pixels import Choice, choices, compare_pixels, reference_pixels
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
-from keepsight.runtime.parity import PixelParity
+from keepsight.runtime.evaluation.parity import PixelParity
 from keepsight.streams import write_video
 from keepsight.streams.errors import UsageError
 

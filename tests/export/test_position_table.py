@@ -16,12 +16,12 @@ from keepsight.export.checkpoints import Checkpoint, load_huggingface
 from keepsight.export.convert import TABLE_FILE, convert
 from keepsight.export.preview import preview
 from keepsight.export.verify import source_of, verify
-from keepsight.runtime import trace as recording
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
+from keepsight.runtime.evaluation import trace as recording
+from keepsight.runtime.evaluation.trace_check import check_trace
 from keepsight.runtime.position_table import PositionTable, position_table
 from keepsight.runtime.qformer import QFormer
-from keepsight.runtime.trace_check import check_trace
 from keepsight.streams import Frame
 from keepsight.streams.errors import BundleError, CheckpointError, UsageError
 

@@ -23,8 +23,8 @@ from keepsight.runtime.boards import Board, board
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
 from keepsight.runtime.footprint import fit, graph_tensors
-from keepsight.runtime.gguf_cache import QUANTISATIONS
-from keepsight.runtime.onnx_weights import weight_bytes
+from keepsight.runtime.graphs.onnx_weights import weight_bytes
+from keepsight.runtime.language.gguf_cache import QUANTISATIONS
 from keepsight.streams.errors import KeepsightError
 
 from . import hf_models

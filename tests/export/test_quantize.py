@@ -25,14 +25,14 @@ from keepsight.export.fp8 import fp8_tensor
 from keepsight.export.onnxfile import export_onnx
 from keepsight.export.quantize import Tool, Variant, quantize_vision
 from keepsight.export.vocabulary import build_tokenizer
-from keepsight.runtime import easyvqa
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
-from keepsight.runtime.engine import OnnxRuntimeEngine
-from keepsight.runtime.engine_store import find_engine
+from keepsight.runtime.evaluation import easyvqa
+from keepsight.runtime.graphs.engine import OnnxRuntimeEngine
+from keepsight.runtime.graphs.engine_store import find_engine
+from keepsight.runtime.graphs.tensorrt_build import build_engines, target_of
+from keepsight.runtime.graphs.tensorrt_network import build_plan, parse, profiles_of
 from keepsight.runtime.manifest import Manifest, write_manifest
-from keepsight.runtime.tensorrt_build import build_engines, target_of
-from keepsight.runtime.tensorrt_network import build_plan, parse, profiles_of
 from keepsight.streams.errors import EngineError, MissingComponentError, ParityError, UsageError
 
 from ..random_bundle import IMAGE_SIZE, WORDS, make_bundle, random_frames, random_qformer

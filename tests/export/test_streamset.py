@@ -19,7 +19,7 @@ from keepsight.export.qformer import QFormer, QFormerConfig
 from keepsight.export.questions import QuestionSet, TextBatch
 from keepsight.export.streamset import BankShape, Basis, labels_until
 from keepsight.export.vocabulary import build_tokenizer
-from keepsight.runtime import easyvqa
+from keepsight.runtime.evaluation import easyvqa
 from keepsight.runtime.memory import MemoryBank, Policy
 from keepsight.runtime.positions import OrderPositions
 

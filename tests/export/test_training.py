@@ -14,7 +14,7 @@ from keepsight.export.answerrows import _mixed
 from keepsight.export.batches import Batch, one_frame
 from keepsight.export.qformer import QFormer, QFormerConfig
 from keepsight.export.train import Stage, Trainer, plot_curve
-from keepsight.runtime.scenes import ANSWERS, Label, StreamQuestion
+from keepsight.runtime.evaluation.scenes import ANSWERS, Label, StreamQuestion
 
 CONFIG = QFormerConfig(
     hidden=16, layers=4, heads=2, ffn=32, channels=12, queries=2, vocab=9, max_text=8, n_embd=10, slots=3, time_buckets=4

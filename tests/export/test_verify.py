@@ -24,7 +24,7 @@ from keepsight.export.weights import load_qformer
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
 from keepsight.runtime.clips import synthetic_clip
-from keepsight.runtime.parity import difference
+from keepsight.runtime.evaluation.parity import difference
 from keepsight.runtime.qformer import QFormer
 from keepsight.streams.errors import CheckpointError, ParityError, UsageError
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from keepsight.runtime import backends
-from keepsight.runtime.backends import Engines, open_engines
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
-from keepsight.runtime.engine_check import check_engines
+from keepsight.runtime.graphs import backends
+from keepsight.runtime.graphs.backends import Engines, open_engines
+from keepsight.runtime.graphs.engine_check import check_engines
+from keepsight.runtime.graphs.tensorrt_build import build_engines, this_target
+from keepsight.runtime.graphs.tensorrt_engine import TensorRTEngine
 from keepsight.runtime.manifest import CurrentInfo
 from keepsight.runtime.qformer import QFormer
-from keepsight.runtime.tensorrt_build import build_engines, this_target
-from keepsight.runtime.tensorrt_engine import TensorRTEngine
 from keepsight.streams import Frame
 from keepsight.streams.errors import EngineError, MissingComponentError
 

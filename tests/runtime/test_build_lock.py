@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from keepsight.runtime.build_lock import LOCK, only_builder
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.engine_store import Target, engine_folder
-from keepsight.runtime.tensorrt_build import Progress, build_engines
+from keepsight.runtime.graphs.build_lock import LOCK, only_builder
+from keepsight.runtime.graphs.engine_store import Target, engine_folder
+from keepsight.runtime.graphs.tensorrt_build import Progress, build_engines
 from keepsight.streams.errors import EngineError
 
 from ..random_bundle import make_bundle
@@ -23,7 +23,7 @@ ORIN = Target(gpu="Orin", sm=87, library="tensorrt", version="10.3.0")
 HOLDER = """
 import sys, time
 from pathlib import Path
-from keepsight.runtime.build_lock import only_builder
+from keepsight.runtime.graphs.build_lock import only_builder
 with only_builder(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

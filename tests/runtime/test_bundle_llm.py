@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from keepsight.runtime import bundle_llm, llama
 from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.language import bundle_llm, llama
 
 
 @pytest.mark.parametrize(("has_gpu", "layers"), [(True, -1), (False, 0)])

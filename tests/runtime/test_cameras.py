@@ -21,17 +21,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from keepsight.runtime import cameras_run
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.cameras import CameraWatcher
-from keepsight.runtime.cameras_run import addressed, folders, parse_cameras
 from keepsight.runtime.cli import app
-from keepsight.runtime.feature_history import is_feature_log
-from keepsight.runtime.gate import FrameGate
+from keepsight.runtime.live import cameras_run
+from keepsight.runtime.live.cameras import CameraWatcher
+from keepsight.runtime.live.cameras_run import addressed, folders, parse_cameras
+from keepsight.runtime.live.gate import FrameGate
+from keepsight.runtime.live.side import beside_each
 from keepsight.runtime.memory import Policy
 from keepsight.runtime.session import Session
-from keepsight.runtime.side import beside_each
-from keepsight.runtime.snapshot import Snapshot
+from keepsight.runtime.storage.feature_history import is_feature_log
+from keepsight.runtime.storage.snapshot import Snapshot
 from keepsight.streams import Frame, LiveSource
 from keepsight.streams.capture import Arrivals
 from keepsight.streams.errors import EngineError, KeepsightError, NoFrameError, SourceNotFoundError, UsageError

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keepsight.runtime.datasets import Clip, Question, open_dataset
-from keepsight.runtime.evaluate import Result, evaluate, summary
+from keepsight.runtime.evaluation.datasets import Clip, Question, open_dataset
+from keepsight.runtime.evaluation.evaluate import Result, evaluate, summary
 from keepsight.streams import Source, write_video
 from keepsight.streams.errors import DatasetError, UsageError
 

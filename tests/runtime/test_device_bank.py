@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from keepsight.export.memory_graph import memory_graph
-from keepsight.runtime.device_bank import DeviceMemoryBank
-from keepsight.runtime.engine import OnnxRuntimeEngine, check_feeds
+from keepsight.runtime.graphs.device_bank import DeviceMemoryBank
+from keepsight.runtime.graphs.engine import OnnxRuntimeEngine, check_feeds
 from keepsight.runtime.memory import MemoryBank, Policy, Rider
 from keepsight.streams.errors import EngineError, UsageError
 

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keepsight.runtime import backends
-from keepsight.runtime.backends import open_engines
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.clips import synthetic_clip
-from keepsight.runtime.cuda import CudaStream
+from keepsight.runtime.graphs import backends
+from keepsight.runtime.graphs.backends import open_engines
+from keepsight.runtime.graphs.cuda import CudaStream
+from keepsight.runtime.graphs.tensorrt_build import build_engines, this_target
 from keepsight.runtime.inspect import describe, print_report
 from keepsight.runtime.memory import Policy
 from keepsight.runtime.qformer import QFormer
 from keepsight.runtime.session import Session
-from keepsight.runtime.tensorrt_build import build_engines, this_target
 from keepsight.streams import Frame
 from keepsight.streams.errors import EngineError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keepsight.runtime.engine import Engine, OnnxRuntimeEngine, TensorSpec
+from keepsight.runtime.graphs.engine import Engine, OnnxRuntimeEngine, TensorSpec
 from keepsight.streams.errors import EngineError, MissingComponentError
 
 onnx = pytest.importorskip("onnx")
@@ -163,7 +163,7 @@ def test_an_exception_after_gstreamer_was_loaded_is_an_error_and_no_abort(tmp_pa
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
     code = (
         "from keepsight.streams.gst import load_gst; load_gst()\n"
-        "from keepsight.runtime.engine import OnnxRuntimeEngine\n"
+        "from keepsight.runtime.graphs.engine import OnnxRuntimeEngine\n"
         "from keepsight.streams.errors import EngineError\n"
         "import sys\n"
         "try:\n    OnnxRuntimeEngine(sys.argv[1])\n"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.engine_store import Target, engine_folder, find_engine, recipe_of, write_atomically
+from keepsight.runtime.graphs.engine_store import Target, engine_folder, find_engine, recipe_of, write_atomically
+from keepsight.runtime.graphs.tensorrt_build import build_engines
 from keepsight.runtime.manifest import write_manifest
-from keepsight.runtime.tensorrt_build import build_engines
 from keepsight.streams.errors import BundleError, EngineError, UsageError
 
 from ..random_bundle import make_bundle

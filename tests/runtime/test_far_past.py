@@ -15,18 +15,18 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from keepsight.runtime import watch
 from keepsight.runtime.answer import NOTHING_REMEMBERED
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
-from keepsight.runtime.far_past import ask_far_past, rank_far_past, recall
-from keepsight.runtime.feature_history import FeatureHistory, is_feature_log
-from keepsight.runtime.feature_log import FeatureLog
-from keepsight.runtime.feature_segment import Layout
-from keepsight.runtime.history_report import describe_history, show_history
+from keepsight.runtime.live import watch
 from keepsight.runtime.memory import Policy
 from keepsight.runtime.moments import TypedInterval
 from keepsight.runtime.session import Session
+from keepsight.runtime.storage.far_past import ask_far_past, rank_far_past, recall
+from keepsight.runtime.storage.feature_history import FeatureHistory, is_feature_log
+from keepsight.runtime.storage.feature_log import FeatureLog
+from keepsight.runtime.storage.feature_segment import Layout
+from keepsight.runtime.storage.history_report import describe_history, show_history
 from keepsight.runtime.timeline import Interval, seen_within
 from keepsight.streams import Frame
 from keepsight.streams.errors import KeepsightError, SnapshotError, UsageError

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepsight.runtime import feature_log
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.feature_log import FeatureLog
-from keepsight.runtime.feature_segment import Layout
 from keepsight.runtime.memory import Policy
 from keepsight.runtime.session import Session
+from keepsight.runtime.storage import feature_log
+from keepsight.runtime.storage.feature_log import FeatureLog
+from keepsight.runtime.storage.feature_segment import Layout
 from keepsight.streams import Frame
 from keepsight.streams.errors import SnapshotError, UsageError
 
@@ -199,8 +199,8 @@ def test_every_flipped_bit_is_noticed(bundle: Bundle, tmp_path: Path) -> None:
 WRITER = """
 import sys, numpy as np
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.feature_log import FeatureLog
-from keepsight.runtime.feature_segment import Layout
+from keepsight.runtime.storage.feature_log import FeatureLog
+from keepsight.runtime.storage.feature_segment import Layout
 bundle = Bundle.open(sys.argv[1])
 dims = bundle.manifest.dims
 with FeatureLog(sys.argv[2], bundle, every_s=1.0, budget_bytes=int(sys.argv[3])) as log:

@@ -9,8 +9,8 @@ import pytest
 
 from keepsight.runtime.boards import board
 from keepsight.runtime.footprint import Footprint, LanguageShape, Part, banks, engines, fit, key_value_bytes, language
-from keepsight.runtime.gguf_rows import matrix_shapes
-from keepsight.runtime.llm import LLM
+from keepsight.runtime.language.gguf_rows import matrix_shapes
+from keepsight.runtime.language.llm import LLM
 from keepsight.runtime.manifest import Dims
 from keepsight.runtime.memory import MemoryBank, Rider
 from keepsight.streams.errors import LLMError
@@ -93,8 +93,8 @@ def test_engines_share_the_room_for_activations() -> None:
 def test_inputs_and_outputs_are_those_of_the_shipped_graphs() -> None:
     """Of keepsight-tiny, as ONNX Runtime names and shapes them."""
     from keepsight.runtime.bundle import Bundle
-    from keepsight.runtime.engine import OnnxRuntimeEngine
     from keepsight.runtime.footprint import graph_tensors
+    from keepsight.runtime.graphs.engine import OnnxRuntimeEngine
 
     bundle = Bundle.open("tiny", verify=False)
     said = graph_tensors(bundle.manifest.dims)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from keepsight.runtime import Bundle, Session
 from keepsight.runtime.cli import app
-from keepsight.runtime.gate import FLAT_LEVELS, FrameGate
+from keepsight.runtime.live.gate import FLAT_LEVELS, FrameGate
 from keepsight.streams import Frame, write_video
 from keepsight.streams.errors import UsageError
 

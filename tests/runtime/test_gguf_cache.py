@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from keepsight.runtime import gguf_cache
-from keepsight.runtime.gguf_cache import default_cache_dir, quantise, requantised
-from keepsight.runtime.llm import LLM
+from keepsight.runtime.language import gguf_cache
+from keepsight.runtime.language.gguf_cache import default_cache_dir, quantise, requantised
+from keepsight.runtime.language.llm import LLM
 from keepsight.streams.errors import LLMError, MissingModelError, UsageError
 
 from .smollm2 import smollm2_gguf
@@ -77,7 +77,7 @@ def test_a_damaged_copy_is_made_again(cached: Path, made: list[Path], damage: st
 
 def test_two_processes_at_once_make_one_copy(tmp_path: Path) -> None:
     program = (
-        "import sys, pathlib; from keepsight.runtime.gguf_cache import requantised;"
+        "import sys, pathlib; from keepsight.runtime.language.gguf_cache import requantised;"
         "path = requantised(pathlib.Path(sys.argv[1]), kind='Q8_0', cache_dir=pathlib.Path(sys.argv[2]));"
         "print(path, path.stat().st_ino)"
     )

@@ -14,10 +14,10 @@ import gguf
 import numpy as np
 import pytest
 
-from keepsight.runtime.gguf_cache import _FTYPES, QUANTISATIONS, quantise
-from keepsight.runtime.gguf_rows import matrix_shapes
-from keepsight.runtime.gguf_sizes import file_bytes, tensor_bytes, tensor_types
-from keepsight.runtime.llama import C
+from keepsight.runtime.language.gguf_cache import _FTYPES, QUANTISATIONS, quantise
+from keepsight.runtime.language.gguf_rows import matrix_shapes
+from keepsight.runtime.language.gguf_sizes import file_bytes, tensor_bytes, tensor_types
+from keepsight.runtime.language.llama import C
 from keepsight.streams.errors import UsageError
 
 # Layers, width, feed-forward width, vocabulary, heads, key heads, whether embedding and output share one matrix.

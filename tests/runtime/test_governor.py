@@ -26,15 +26,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from keepsight.runtime import governor as governor_module
 from keepsight.runtime import sensors
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.cameras import CameraWatcher
 from keepsight.runtime.cli import app
-from keepsight.runtime.governor import CAUSES, Cause, Governor, Limits, Pressure, Step, Transition
-from keepsight.runtime.governor_live import CoreUse, LiveGovernor
-from keepsight.runtime.governor_pressure import Gauge, Load
-from keepsight.runtime.governor_steps import DEFAULT_STEPS, Knob, Knobs, parse_steps
+from keepsight.runtime.governor import governor as governor_module
+from keepsight.runtime.governor.governor import CAUSES, Cause, Governor, Limits, Pressure, Step, Transition
+from keepsight.runtime.governor.live import CoreUse, LiveGovernor
+from keepsight.runtime.governor.pressure import Gauge, Load
+from keepsight.runtime.governor.steps import DEFAULT_STEPS, Knob, Knobs, parse_steps
+from keepsight.runtime.live.cameras import CameraWatcher
 from keepsight.runtime.sensors.reading import Reading, Temperature
 from keepsight.runtime.session import FrameCost, Session
 from keepsight.runtime.standing import Change

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from keepsight.runtime import cuda
-from keepsight.runtime.gpu import Gpu, jetson_linux, this_gpu
-from keepsight.runtime.tensorrt_build import this_target
+from keepsight.runtime.graphs import cuda
+from keepsight.runtime.graphs.gpu import Gpu, jetson_linux, this_gpu
+from keepsight.runtime.graphs.tensorrt_build import this_target
 from keepsight.streams.errors import EngineError, MissingComponentError
 
 from .fake_cuda import HAS_DRIVER, load_driver
@@ -38,7 +38,7 @@ def test_a_driver_without_a_gpu_is_an_error_with_its_name(monkeypatch: pytest.Mo
 @pytest.mark.skipif(HAS_DRIVER, reason="this machine has a CUDA driver")
 def test_without_a_driver_the_error_says_where_engines_are_built() -> None:
     """In a process of its own: this one may have loaded the double."""
-    program = "from keepsight.runtime.gpu import this_gpu\ntry: this_gpu()\nexcept ImportError as error: print(error)"
+    program = "from keepsight.runtime.graphs.gpu import this_gpu\ntry: this_gpu()\nexcept ImportError as error: print(error)"
     done = subprocess.run(
         [sys.executable, "-c", program], env=dict(os.environ), capture_output=True, text=True, timeout=60, check=True
     )

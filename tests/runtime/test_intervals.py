@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepsight.runtime import easyvqa
 from keepsight.runtime.answer import NOTHING_REMEMBERED
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.datasets import picture_pixels, stream_clip
+from keepsight.runtime.evaluation import easyvqa
+from keepsight.runtime.evaluation.datasets import picture_pixels, stream_clip
+from keepsight.runtime.evaluation.scenes import Scene, plan_scenes, render
 from keepsight.runtime.memory_picture import slot_at
 from keepsight.runtime.positions import ranks
 from keepsight.runtime.qformer import QFormer
-from keepsight.runtime.scenes import Scene, plan_scenes, render
 from keepsight.runtime.session import Session
 from keepsight.runtime.show import show_answer, show_timeline
 from keepsight.runtime.timeline import Interval, seen_within

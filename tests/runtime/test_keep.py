@@ -18,11 +18,11 @@ import pytest
 
 from keepsight.runtime.answer import Mode
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.feature_log import FeatureLog
-from keepsight.runtime.keep import ask_saved, kept, parse_bytes
-from keepsight.runtime.sections import checksum
 from keepsight.runtime.session import Session
-from keepsight.runtime.snapshot import Snapshot
+from keepsight.runtime.storage.feature_log import FeatureLog
+from keepsight.runtime.storage.keep import ask_saved, kept, parse_bytes
+from keepsight.runtime.storage.sections import checksum
+from keepsight.runtime.storage.snapshot import Snapshot
 from keepsight.streams import Frame
 from keepsight.streams.errors import SnapshotError, UsageError
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keepsight.runtime.beams import beam_search
-from keepsight.runtime.gguf_cache import requantised
-from keepsight.runtime.llm import LLM, Embeds, Segment, Special, Text, Tokens, render, verbatim
+from keepsight.runtime.language.beams import beam_search
+from keepsight.runtime.language.gguf_cache import requantised
+from keepsight.runtime.language.llm import LLM, Embeds, Segment, Special, Text, Tokens, render, verbatim
 from keepsight.streams.errors import LLMError, MissingModelError, UsageError
 
 from .smollm2 import smollm2_gguf
@@ -544,7 +544,7 @@ def test_embedding_rows_are_read_one_by_one(llm: LLM) -> None:
 ABORT_CASES = """
 import sys, threading
 import numpy as np
-from keepsight.runtime.llm import LLM, Embeds, Text
+from keepsight.runtime.language.llm import LLM, Embeds, Text
 from keepsight.streams.errors import LLMError
 
 llm = LLM(sys.argv[1], n_ctx=256, n_batch=32, n_threads=1)

@@ -14,13 +14,13 @@ from time import perf_counter
 import numpy as np
 import pytest
 
-from keepsight.runtime.backends import open_engines
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.clips import synthetic_clip
-from keepsight.runtime.cuda import CudaStream
-from keepsight.runtime.engine_check import check_engines
+from keepsight.runtime.graphs.backends import open_engines
+from keepsight.runtime.graphs.cuda import CudaStream
+from keepsight.runtime.graphs.engine_check import check_engines
+from keepsight.runtime.graphs.tensorrt_build import build_engines, tensorrt_for
 from keepsight.runtime.qformer import QFormer
-from keepsight.runtime.tensorrt_build import build_engines, tensorrt_for
 from keepsight.streams import Frame
 
 from .fake_cuda import HAS_DRIVER

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.onnx_weights import external_files
+from keepsight.runtime.graphs.onnx_weights import external_files
 from keepsight.streams.errors import BundleError
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from keepsight.runtime import Bundle, Session
 from keepsight.runtime.cli import app
-from keepsight.runtime.llm import Score, Special, Text, Tokens, render
+from keepsight.runtime.language.llm import Score, Special, Text, Tokens, render
 from keepsight.runtime.session import Standing
 from keepsight.streams import Frame
 from keepsight.streams.errors import UsageError

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from keepsight.runtime.gguf_cache import requantised
-from keepsight.runtime.llama import Llama
-from keepsight.runtime.llm import LLM, Special, Text
+from keepsight.runtime.language.gguf_cache import requantised
+from keepsight.runtime.language.llama import Llama
+from keepsight.runtime.language.llm import LLM, Special, Text
 from keepsight.streams.errors import LLMError, UsageError
 
 from .smollm2 import smollm2_gguf
@@ -29,7 +29,7 @@ def llm() -> Iterator[LLM]:
 GIVEN_BACK = """
 import sys
 from pathlib import Path
-from keepsight.runtime.llm import LLM, Text
+from keepsight.runtime.language.llm import LLM, Text
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keepsight.runtime import easyvqa
-from keepsight.runtime.easyvqa import COLORS, SHAPES, Picture
-from keepsight.runtime.scenes import (
+from keepsight.runtime.evaluation import easyvqa
+from keepsight.runtime.evaluation.easyvqa import COLORS, SHAPES, Picture
+from keepsight.runtime.evaluation.scenes import (
     COUNT_WORDS,
     FADE_FRAMES,
     HOLD_FRAMES,
@@ -53,7 +53,7 @@ def test_a_fade_lies_between_its_scenes() -> None:
 
 def test_a_still_camera_shows_the_picture_itself() -> None:
     """Without shift, zoom, gain and noise the view is the picture."""
-    from keepsight.runtime.scenes import Camera
+    from keepsight.runtime.evaluation.scenes import Camera
 
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
     camera = Camera(pixels, 64, np.random.default_rng(0))

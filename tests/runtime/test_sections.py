@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from keepsight.runtime import sections
-from keepsight.runtime.sections import MAGIC, checksum, is_section_file, read_sections, write_sections
+from keepsight.runtime.storage import sections
+from keepsight.runtime.storage.sections import MAGIC, checksum, is_section_file, read_sections, write_sections
 from keepsight.streams.errors import SnapshotError
 
 ARRAYS = {

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keepsight.runtime import snapshot as saving
 from keepsight.runtime.bank_state import RIDER
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.manifest import Dims, Manifest, manifest_text
 from keepsight.runtime.memory import MemoryBank, Policy, Rider
-from keepsight.runtime.saver import Saver
-from keepsight.runtime.sections import write_sections
 from keepsight.runtime.session import Session
-from keepsight.runtime.snapshot import Snapshot, bytes_per_day, fingerprint, is_snapshot, snapshot_bytes
+from keepsight.runtime.storage import snapshot as saving
+from keepsight.runtime.storage.saver import Saver
+from keepsight.runtime.storage.sections import write_sections
+from keepsight.runtime.storage.snapshot import Snapshot, bytes_per_day, fingerprint, is_snapshot, snapshot_bytes
 from keepsight.streams import Frame
 from keepsight.streams.errors import SnapshotError, UsageError
 from keepsight.streams.uri import SourceURI

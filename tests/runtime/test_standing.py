@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from keepsight.runtime import Bundle, Session, easyvqa
-from keepsight.runtime import watch as watching
+from keepsight.runtime import Bundle, Session
 from keepsight.runtime.cli import app
-from keepsight.runtime.datasets import stream_clip
-from keepsight.runtime.easyvqa import Picture
-from keepsight.runtime.resume import after
-from keepsight.runtime.scenes import Scene
+from keepsight.runtime.evaluation import easyvqa
+from keepsight.runtime.evaluation.datasets import stream_clip
+from keepsight.runtime.evaluation.easyvqa import Picture
+from keepsight.runtime.evaluation.scenes import Scene
+from keepsight.runtime.live import watch as watching
 from keepsight.runtime.standing import (
     Change,
     Question,
@@ -31,6 +31,7 @@ from keepsight.runtime.standing import (
     follow_file,
     parse_question,
 )
+from keepsight.runtime.storage.resume import after
 from keepsight.streams import Event, Frame, SourceURI, write_video
 from keepsight.streams.errors import SourceNotFoundError, UsageError
 

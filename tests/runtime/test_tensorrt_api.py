@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
-import keepsight.runtime.tensorrt_network
-from keepsight.runtime.gguf_cache import default_cache_dir
-from keepsight.runtime.tensorrt_engine import _NUMPY_OF_TENSORRT
+import keepsight.runtime.graphs.tensorrt_network
+from keepsight.runtime.graphs.tensorrt_engine import _NUMPY_OF_TENSORRT
+from keepsight.runtime.language.gguf_cache import default_cache_dir
 
 from . import fake_tensorrt
 
 VERSIONS = ("10.3.0", "10.7.0", "10.13.3.9", "10.16.1.11", "11.4.0.106")
-RUNTIME = Path(keepsight.runtime.tensorrt_network.__file__).parent
+RUNTIME = Path(keepsight.runtime.graphs.tensorrt_network.__file__).parent
 SOURCES = sorted(RUNTIME.glob("tensorrt_*.py"))
 
 # The code's names for TensorRT's objects. One that is missing here fails `test_every_object_of_tensorrt_is_known`.
@@ -71,8 +71,8 @@ PROBE = """
 import json, sys
 from pathlib import Path
 import tensorrt_bindings as trt
-from keepsight.runtime.tensorrt_module import is_rtx, log_of, title_of
-from keepsight.runtime.tensorrt_network import parse
+from keepsight.runtime.graphs.tensorrt_module import is_rtx, log_of, title_of
+from keepsight.runtime.graphs.tensorrt_network import parse
 from keepsight.streams.errors import EngineError
 
 def found(name):

@@ -15,11 +15,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.engine_store import Target, engine_folder, read_engine_set
+from keepsight.runtime.graphs.engine_store import Target, engine_folder, read_engine_set
+from keepsight.runtime.graphs.tensorrt_build import Progress, build_engines, target_of, tensorrt_for
+from keepsight.runtime.graphs.tensorrt_module import log_of
+from keepsight.runtime.graphs.tensorrt_network import Profile, build_plan, parse, profiles_of
 from keepsight.runtime.manifest import read_manifest, write_manifest
-from keepsight.runtime.tensorrt_build import Progress, build_engines, target_of, tensorrt_for
-from keepsight.runtime.tensorrt_module import log_of
-from keepsight.runtime.tensorrt_network import Profile, build_plan, parse, profiles_of
 from keepsight.streams.errors import EngineError, MissingComponentError, UsageError
 
 from ..random_bundle import make_bundle

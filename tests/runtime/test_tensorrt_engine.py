@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.cuda import CudaStream
-from keepsight.runtime.device import DeviceBuffer, DeviceTensor
-from keepsight.runtime.engine import Engine, OnnxRuntimeEngine
-from keepsight.runtime.engine_store import Target, find_engine
-from keepsight.runtime.tensorrt_build import build_engines, this_target
-from keepsight.runtime.tensorrt_engine import TensorRTEngine, load_plan
+from keepsight.runtime.graphs.cuda import CudaStream
+from keepsight.runtime.graphs.device import DeviceBuffer, DeviceTensor
+from keepsight.runtime.graphs.engine import Engine, OnnxRuntimeEngine
+from keepsight.runtime.graphs.engine_store import Target, find_engine
+from keepsight.runtime.graphs.tensorrt_build import build_engines, this_target
+from keepsight.runtime.graphs.tensorrt_engine import TensorRTEngine, load_plan
 from keepsight.streams.errors import EngineError
 
 from ..random_bundle import make_bundle

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keepsight.runtime import trace
 from keepsight.runtime.bundle import Bundle
+from keepsight.runtime.evaluation import trace
 from keepsight.runtime.qformer import QFormer
 from keepsight.streams import Frame, Source
 from keepsight.streams.errors import EngineError, KeepsightError, NoFrameError, UsageError

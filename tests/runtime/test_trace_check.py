@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
+from keepsight.runtime.evaluation.trace_check import check_trace, read_trace
 from keepsight.runtime.memory import MemoryBank
-from keepsight.runtime.trace_check import check_trace, read_trace
 from keepsight.streams.errors import ParityError, UsageError
 
 from ..random_bundle import make_bundle, random_frames

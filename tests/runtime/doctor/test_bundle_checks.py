@@ -13,9 +13,9 @@ from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.doctor.examine import examine
 from keepsight.runtime.doctor.finding import Finding
 from keepsight.runtime.doctor.machine import Machine
-from keepsight.runtime.engine_store import ENGINE_JSON, Target
+from keepsight.runtime.graphs.engine_store import ENGINE_JSON, Target
+from keepsight.runtime.graphs.tensorrt_build import build_engines
 from keepsight.runtime.manifest import LLMInfo
-from keepsight.runtime.tensorrt_build import build_engines
 
 from ...random_bundle import make_bundle
 from ..fake_tensorrt import fake_tensorrt

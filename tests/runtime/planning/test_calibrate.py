@@ -14,7 +14,7 @@ from keepsight.runtime.planning.plan import Plan, Request, make_plan
 from keepsight.runtime.planning.roofline import BoardTarget
 from keepsight.runtime.planning.targets import open_target
 from keepsight.runtime.profiling.report import Machine, Profile, Question, Stage, Statistics, write_profile
-from keepsight.runtime.snapshot import fingerprint
+from keepsight.runtime.storage.snapshot import fingerprint
 from keepsight.streams.errors import UsageError
 
 NANO = Machine(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from keepsight.runtime.boards import boards
 from keepsight.runtime.cli import app
-from keepsight.runtime.gguf_cache import QUANTISATIONS
+from keepsight.runtime.language.gguf_cache import QUANTISATIONS
 from keepsight.runtime.planning.hardware import hardware
 from keepsight.runtime.planning.language import llama_shapes
 from keepsight.runtime.planning.models import MODELS, PlannedModel, open_model

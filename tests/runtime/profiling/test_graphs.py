@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keepsight.runtime.backends import Engines, open_engines
 from keepsight.runtime.bundle import Bundle
-from keepsight.runtime.cuda import CudaStream
-from keepsight.runtime.engine_store import Target, find_engine
+from keepsight.runtime.graphs.backends import Engines, open_engines
+from keepsight.runtime.graphs.cuda import CudaStream
+from keepsight.runtime.graphs.engine_store import Target, find_engine
+from keepsight.runtime.graphs.tensorrt_build import build_engines
+from keepsight.runtime.graphs.tensorrt_engine import TensorRTEngine, load_plan
+from keepsight.runtime.graphs.tensorrt_layers import layer_origins, layers_timed
 from keepsight.runtime.profiling.device_clock import DeviceClock
 from keepsight.runtime.profiling.graphs import GraphTimes, timed
 from keepsight.runtime.profiling.layers import block_of, layer_times
 from keepsight.runtime.profiling.load import Loaded, Setup
 from keepsight.runtime.profiling.run import Options, profile
 from keepsight.runtime.session import Session
-from keepsight.runtime.tensorrt_build import build_engines
-from keepsight.runtime.tensorrt_engine import TensorRTEngine, load_plan
-from keepsight.runtime.tensorrt_layers import layer_origins, layers_timed
 
 from ...random_bundle import make_bundle, random_frames
 from ..fake_cuda import load_driver
@@ -171,8 +171,8 @@ def test_a_whole_profile_on_tensorrt_has_device_times_layers_and_what_the_system
     bundle: Bundle, driver: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trt = fake_tensorrt()
-    monkeypatch.setattr("keepsight.runtime.backends.import_tensorrt", lambda: trt)
-    monkeypatch.setattr("keepsight.runtime.backends.this_target", lambda trt: ORIN)
+    monkeypatch.setattr("keepsight.runtime.graphs.backends.import_tensorrt", lambda: trt)
+    monkeypatch.setattr("keepsight.runtime.graphs.backends.this_target", lambda trt: ORIN)
     np.save(tmp_path / "frames.npy", random_frames(6))
     setup = Setup(str(bundle.path), backend="tensorrt", urgent=True)
     found = profile(Options(setup, str(tmp_path / "frames.npy"), frames=4, warmup=2, runs=2, sensor_hz=20))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from keepsight.runtime.answer import Answer, LatencyTrace
-from keepsight.runtime.llm import Answer as Written
-from keepsight.runtime.llm import Perf
+from keepsight.runtime.language.llm import Answer as Written
+from keepsight.runtime.language.llm import Perf
 from keepsight.runtime.profiling.report import FRAME_STAGES, QUESTION_STAGES
 from keepsight.runtime.profiling.stages import Sample, frame_sample, question_sample, stages_of
 from keepsight.runtime.session import FrameCost

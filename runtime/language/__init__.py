@@ -1,0 +1,1 @@
+"""The language model on llama.cpp: prompts of text, tokens and embeddings, sampling, beams, ranking, and its GGUF file."""

@@ -1,0 +1,1 @@
+"""Watching: one camera or several, standing questions and typed ones, and what hangs beside the frames."""
