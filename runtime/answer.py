@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
+from time import perf_counter
 from typing import Any, Literal
 
 from keepsight.runtime.evidence import Evidence
 from keepsight.runtime.language.llm import Answer as Written
 from keepsight.runtime.language.llm import Generation
 from keepsight.runtime.moments import Calendar
+from keepsight.runtime.qformer import SoftPrompt
 from keepsight.runtime.timeline import Interval
+from keepsight.streams import Frame
 
 Mode = Literal["standing", "replay"]
 NOTHING_REMEMBERED = "nothing remembered"
 """`Answer.finish` where the memory holds nothing of the interval that was asked about: no model was run."""
+
+
+@dataclass(frozen=True)
+class FrameCost:
+    """Milliseconds that a frame took, by stage."""
+
+    vision_ms: float
+    memory_ms: float
+    step_ms: float
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,47 @@ class LatencyTrace:
             f"age {self.capture_age_ms:.0f} | vision {self.vision_ms:.0f} | memory {self.memory_ms:.0f} | "
             f"Q-Former {self.qformer_ms + self.step_ms:.0f} | prefill {self.prefill_ms:.0f} | "
             f"first token {self.first_token_ms:.0f} ms"
+        )
+
+
+@dataclass(frozen=True)
+class Perceived:
+    """What the Q-Former has made of a question at a moment: all that the language model answers from.
+
+    Attributes:
+        soft: the rows for the language model.
+        question, mode, prompt: as it was asked; a prompt replaces both templates.
+        frame, frames_seen, cost: the newest frame in the memory then, how many there have been, what that one took.
+        asked: when the question came, in seconds of `time.perf_counter()`.
+        qformer_ms: what making `soft` took.
+    """
+
+    soft: SoftPrompt
+    question: str
+    mode: Mode
+    prompt: str | None
+    frame: Frame
+    frames_seen: int
+    cost: FrameCost
+    asked: float
+    qformer_ms: float
+
+    def trace(
+        self, *, prefill_ms: float, first_token_ms: float, tokens: int = 0, tokens_per_s: float = 0.0
+    ) -> LatencyTrace:
+        """What it cost, at the end of the answer."""
+        total_s = perf_counter() - self.asked
+        return LatencyTrace(
+            capture_age_ms=1000 * (time.monotonic() - total_s - self.frame.captured_at),
+            vision_ms=self.cost.vision_ms,
+            memory_ms=self.cost.memory_ms,
+            qformer_ms=self.qformer_ms,
+            step_ms=self.cost.step_ms if self.mode == "standing" else 0.0,
+            prefill_ms=prefill_ms,
+            first_token_ms=first_token_ms,
+            total_ms=1000 * total_s,
+            tokens=tokens,
+            tokens_per_s=tokens_per_s,
         )
 
 

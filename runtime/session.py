@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from keepsight.runtime.answer import NOTHING_REMEMBERED, Answer, AnswerStream, LatencyTrace, Mode
+from keepsight.runtime.answer import NOTHING_REMEMBERED, Answer, AnswerStream, FrameCost, LatencyTrace, Mode, Perceived
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.concat import ConcatQuestion, frames_that_fit
 from keepsight.runtime.evidence import Evidence, evidence_of, moments_of
@@ -45,15 +44,6 @@ from keepsight.streams.errors import BundleError, EngineError, KeepsightError, U
 from keepsight.streams.many import Camera
 from keepsight.streams.sampling import Sampler
 from keepsight.streams.uri import SourceURI
-
-
-@dataclass(frozen=True)
-class FrameCost:
-    """Milliseconds that the newest frame took, by stage."""
-
-    vision_ms: float
-    memory_ms: float
-    step_ms: float
 
 
 class Standing:
@@ -329,26 +319,20 @@ class Session:
         asked = perf_counter()
         llm, degraded = self.llm, self.degraded
         with self._memory_lock:
-            began = perf_counter()
+            visible = None
             if interval is not None and self.frames_seen:
                 visible = self._visible(question, interval)
                 if not visible.any():
                     return AnswerStream.of(self._nothing_from(interval, str(question), asked))
-            else:
-                visible = None
-            soft, text, mode, prompt = self._perceive(question, prompt, visible)
-            perceived = perf_counter()
-            frame, cost, frames_seen = self._newest, self._cost, self.frames_seen
-            attention = soft.attention
+            seen = self._perceive(question, prompt, asked, visible)
+            attention = seen.soft.attention
             if attention is None and evidence:
-                attention = self._replayed(text, prompt).attention
+                attention = self._replayed(seen.question, seen.prompt).attention
             shown = None if attention is None else self._evidence(attention, interval)
             calendar = self.calendar
-        assert frame is not None
-        age_ms = 1000 * (time.monotonic() - (perf_counter() - asked) - frame.captured_at)
         decoding = self.bundle.manifest.decoding
         generation = llm.generate(
-            self._segments(text, prompt, soft.rows),
+            self._segments(seen.question, seen.prompt, seen.soft.rows),
             max_tokens=min(decoding.max_tokens, self.answer_tokens or decoding.max_tokens),
             stop=decoding.stop,
             beams=decoding.beams,
@@ -357,21 +341,15 @@ class Session:
         before_llm_ms = 1000 * (perf_counter() - asked)
 
         def finish(written: Written) -> Answer:
-            trace = LatencyTrace(
-                capture_age_ms=age_ms,
-                vision_ms=cost.vision_ms,
-                memory_ms=cost.memory_ms,
-                qformer_ms=1000 * (perceived - began),
-                step_ms=cost.step_ms if mode == "standing" else 0.0,
+            trace = seen.trace(
                 prefill_ms=1000 * written.prefill_s,
                 first_token_ms=before_llm_ms + 1000 * written.first_token_s,
-                total_ms=1000 * (perf_counter() - asked),
                 tokens=written.tokens,
                 tokens_per_s=written.tokens_per_s,
             )
             return Answer(
-                written.text.strip(), text, mode, frame.time_s, frames_seen, written.finish, trace, interval, (), shown, calendar,
-                degraded,
+                written.text.strip(), seen.question, seen.mode, seen.frame.time_s, seen.frames_seen, written.finish, trace,
+                interval, (), shown, calendar, degraded,
             )  # fmt: skip
 
         return AnswerStream(generation, finish)
@@ -393,32 +371,19 @@ class Session:
         asked = perf_counter()
         options, llm, degraded = checked_options(options), self.llm, self.degraded
         with self._memory_lock:
-            began = perf_counter()
-            soft, text, mode, prompt = self._perceive(question, prompt)
-            perceived = perf_counter()
-            frame, cost, frames_seen = self._newest, self._cost, self.frames_seen
-        assert frame is not None
-        age_ms = 1000 * (time.monotonic() - (perf_counter() - asked) - frame.captured_at)
-        ranked = llm.rank(self._segments(text, prompt, soft.rows), options, score=score)
+            seen = self._perceive(question, prompt, asked)
+        before_llm = perf_counter()
+        ranked = llm.rank(self._segments(seen.question, seen.prompt, seen.soft.rows), options, score=score)
         scored = perf_counter()
-        trace = LatencyTrace(
-            capture_age_ms=age_ms,
-            vision_ms=cost.vision_ms,
-            memory_ms=cost.memory_ms,
-            qformer_ms=1000 * (perceived - began),
-            step_ms=cost.step_ms if mode == "standing" else 0.0,
-            prefill_ms=1000 * (scored - perceived),
-            first_token_ms=1000 * (scored - asked),
-            total_ms=1000 * (scored - asked),
-            tokens=0,
-            tokens_per_s=0.0,
+        trace = seen.trace(prefill_ms=1000 * (scored - before_llm), first_token_ms=1000 * (scored - asked))
+        return Ranking(
+            tuple(ranked), score, seen.question, seen.mode, seen.frame.time_s, seen.frames_seen, trace, degraded
         )
-        return Ranking(tuple(ranked), score, text, mode, frame.time_s, frames_seen, trace, degraded)
 
     def perceive(self, question: str | Standing, *, prompt: str | None = None) -> SoftPrompt:
         """The Q-Former's part of an answer alone, without the language model."""
         with self._memory_lock:
-            return self._perceive(question, prompt)[0]
+            return self._soft(question, prompt)[0]
 
     @property
     def has_llm(self) -> bool:
@@ -462,6 +427,16 @@ class Session:
         return Calendar(self.clock, now_s, self._frame_s)
 
     def _perceive(
+        self, question: str | Standing, prompt: str | None, asked: float, visible: NDArray[np.bool_] | None = None
+    ) -> Perceived:
+        began = perf_counter()
+        soft, text, mode, prompt = self._soft(question, prompt, visible)
+        assert self._newest is not None
+        return Perceived(
+            soft, text, mode, prompt, self._newest, self.frames_seen, self._cost, asked, 1000 * (perf_counter() - began)
+        )
+
+    def _soft(
         self, question: str | Standing, prompt: str | None, visible: NDArray[np.bool_] | None = None
     ) -> tuple[SoftPrompt, str, Mode, str | None]:
         if isinstance(question, Standing):

@@ -508,7 +508,7 @@ def test_a_message_that_is_not_ours_would_be_noticed(message: str) -> None:
 
 def test_the_page_does_not_promise_a_language_model_on_the_gpu() -> None:
     """Once a command loads it there, "What works today", "llama.cpp on the GPU" and the troubleshooting must say so."""
-    loads_on_the_gpu = "n_gpu_layers" in (ROOT / "runtime" / "bundle_llm.py").read_text()
+    loads_on_the_gpu = "n_gpu_layers" in (ROOT / "runtime" / "language" / "bundle_llm.py").read_text()
     assert ("**no `keepsight` command asks for it yet**" in PAGE) == (not loads_on_the_gpu)
 
 

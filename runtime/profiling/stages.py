@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from keepsight.runtime.answer import Answer
+from keepsight.runtime.answer import Answer, FrameCost
 from keepsight.runtime.language.llm import Answer as Written
 from keepsight.runtime.language.llm import Perf
 from keepsight.runtime.profiling.graphs import DEVICE
 from keepsight.runtime.profiling.report import FRAME_STAGES, QUESTION_STAGES, Chain, Stage, Statistics
-from keepsight.runtime.session import FrameCost
 from keepsight.streams.timing import PictureTimes
 
 __all__ = ["Sample", "frame_sample", "question_sample", "stages_of"]

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from keepsight.runtime import sensors
+from keepsight.runtime.answer import FrameCost
 from keepsight.runtime.bundle import Bundle
 from keepsight.runtime.cli import app
 from keepsight.runtime.governor import governor as governor_module
@@ -36,7 +37,7 @@ from keepsight.runtime.governor.pressure import Gauge, Load
 from keepsight.runtime.governor.steps import DEFAULT_STEPS, Knob, Knobs, parse_steps
 from keepsight.runtime.live.cameras import CameraWatcher
 from keepsight.runtime.sensors.reading import Reading, Temperature
-from keepsight.runtime.session import FrameCost, Session
+from keepsight.runtime.session import Session
 from keepsight.runtime.standing import Change
 from keepsight.streams import Frame
 from keepsight.streams.capture import Arrivals

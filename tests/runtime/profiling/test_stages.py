@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from keepsight.runtime.answer import Answer, LatencyTrace
+from keepsight.runtime.answer import Answer, FrameCost, LatencyTrace
 from keepsight.runtime.language.llm import Answer as Written
 from keepsight.runtime.language.llm import Perf
 from keepsight.runtime.profiling.report import FRAME_STAGES, QUESTION_STAGES
 from keepsight.runtime.profiling.stages import Sample, frame_sample, question_sample, stages_of
-from keepsight.runtime.session import FrameCost
 from keepsight.streams.timing import PictureTimes
 
 TIMES = PictureTimes(100.0, 100.010, 100.012, 100.015, 100.020, 100.021, 100.022, held_ms=3.0)
